@@ -1,0 +1,53 @@
+# Every target makes what it needs: .venv is built once and again only when the pins or the project change.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help install demo test test-slow test-gpu lint format compare bench bench-storage bench-kernels clean
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(READY)   ## create .venv with the pinned set
+
+demo: $(READY)      ## teacher -> cache -> audit line -> students -> table, on Python's own sources (about 6 minutes)
+	$(BIN)/stillroom demo --out runs/demo
+
+test: $(READY)      ## the default test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(READY) ## the long tests
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800
+
+test-gpu: $(READY)  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu --timeout 1800
+
+lint: $(READY)      ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)    ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+compare: $(READY)   ## the paper's experiment in small (about 20 minutes): docs/benchmarks/compare.*
+	$(BIN)/python -m benchmarks.compare
+
+bench: bench-storage bench-kernels
+
+bench-storage: $(READY) ## bytes per row by array: docs/benchmarks/storage.*
+	$(BIN)/python -m benchmarks.storage
+
+bench-kernels: $(READY) ## loss and sampler times: docs/benchmarks/kernels.*
+	$(BIN)/python -m benchmarks.kernels
+
+clean:              ## remove the environment and caches, keep runs/
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist
