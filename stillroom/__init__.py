@@ -1,0 +1,48 @@
+"""Stillroom: distil language models from a shelf.
+
+The teacher runs once; its next-token distributions are kept as sparse, unbiased samples; any number of students train
+from them. The public names below are loaded on first use, so `import stillroom` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stillroom.pipeline.config import CacheConfig as CacheConfig
+    from stillroom.pipeline.run import build_cache as build_cache
+    from stillroom.storage.cache import Cache as Cache
+    from stillroom.storage.cache import open_cache as open_cache
+    from stillroom.storage.errors import StillroomError as StillroomError
+    from stillroom.storage.manifest import Manifest as Manifest
+    from stillroom.storage.spec import SamplerSpec as SamplerSpec
+    from stillroom.storage.targets import SparseTargets as SparseTargets
+    from stillroom.train.config import TrainConfig as TrainConfig
+    from stillroom.train.evaluate import evaluate as evaluate
+    from stillroom.train.run import train_student as train_student
+
+_HOMES = {
+    "Cache": "stillroom.storage.cache",
+    "CacheConfig": "stillroom.pipeline.config",
+    "Manifest": "stillroom.storage.manifest",
+    "SamplerSpec": "stillroom.storage.spec",
+    "SparseTargets": "stillroom.storage.targets",
+    "StillroomError": "stillroom.storage.errors",
+    "TrainConfig": "stillroom.train.config",
+    "build_cache": "stillroom.pipeline.run",
+    "evaluate": "stillroom.train.evaluate",
+    "open_cache": "stillroom.storage.cache",
+    "train_student": "stillroom.train.run",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'stillroom' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

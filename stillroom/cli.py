@@ -1,0 +1,129 @@
+"""The `stillroom` command: picks a verb, reads its settings, runs it, prints its summary.
+
+Exit status: 0 done, 1 a finding, 2 usage or input (one sentence on standard error, no traceback).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from stillroom.storage.errors import InputError, StillroomError
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One command: where its settings and its body live (imported only when asked for), and its help."""
+
+    settings: str
+    body: str
+    summary: str
+    examples: str
+    positional: str | None = None
+
+
+VERBS = {
+    "cache": Verb(
+        "stillroom.pipeline.config:CacheConfig",
+        "stillroom.commands:cache",
+        "Run the teacher once over a corpus and keep its distributions as sparse, unbiased samples.",
+        "  stillroom cache --teacher Qwen/Qwen3-0.6B --data corpus.jsonl --out cache/\n"
+        "  stillroom cache --config run.yaml --draws 25",
+        positional=None,
+    ),
+    "inspect": Verb(
+        "stillroom.commands:InspectConfig",
+        "stillroom.commands:inspect",
+        "Say what made a cache, and what it holds: sequences, rows, entries, bytes by array, kept mass.",
+        "  stillroom inspect cache/\n  stillroom inspect cache/ --json",
+        positional="cache",
+    ),
+    "train": Verb(
+        "stillroom.train.config:TrainConfig",
+        "stillroom.commands:train",
+        "Train a student from a cache (or from a live teacher: the reference arm).",
+        "  stillroom train --cache cache/ --student student-config/ --out student/\n"
+        "  stillroom train --cache cache/ --student HuggingFaceTB/SmolLM2-135M --out student/ --alpha 0.1 --lr 3e-4",
+    ),
+    "evaluate": Verb(
+        "stillroom.commands:EvaluateConfig",
+        "stillroom.commands:evaluate",
+        "Measure a student on held-out text: loss, KL to the teacher, agreement, calibration, acceptance.",
+        "  stillroom evaluate --student student/ --teacher teacher/ --data heldout.jsonl --seq-len 256",
+    ),
+    "demo": Verb(
+        "stillroom.commands:DemoConfig",
+        "stillroom.commands:demo",
+        "The whole way on the sources of your own Python: teacher, cache, students, table (about 6 minutes on two cores).",
+        "  stillroom demo\n  stillroom demo --out runs/demo --tokens 1200000",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except StillroomError as error:
+        print(f"stillroom: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "stillroom: interrupted; what was committed is kept, run the same command again to go on", file=sys.stderr
+        )
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"stillroom {version('stillroom')}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in VERBS:
+        from stillroom.settings import unknown
+
+        raise InputError(unknown(name, list(VERBS), "command of stillroom"))
+    from stillroom.settings import parse
+
+    verb = VERBS[name]
+    settings, as_json = parse(
+        _load(verb.settings),
+        rest,
+        prog=f"stillroom {name}",
+        summary=verb.summary,
+        examples=verb.examples,
+        positional=verb.positional,
+    )
+    body: Callable[[Any, bool], Any] = _load(verb.body)
+    result = body(settings, as_json)
+    if as_json:
+        plain = (
+            dataclasses.asdict(result) if dataclasses.is_dataclass(result) and not isinstance(result, type) else result
+        )
+        print(json.dumps(plain, default=str))
+    return 0
+
+
+def _load(where: str) -> Any:
+    module, name = where.split(":")
+    return getattr(import_module(module), name)
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    return (
+        "usage: stillroom COMMAND [options]      distil language models from a shelf\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\n`stillroom COMMAND --help` lists the options of one, with examples."
+    )

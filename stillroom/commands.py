@@ -1,0 +1,224 @@
+"""Bodies of the commands: each takes its settings, calls one room, prints a summary and returns the result."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from stillroom.console import Reporter, err, show_pairs, show_table
+from stillroom.storage.errors import InputError
+
+if TYPE_CHECKING:
+    from stillroom.demo import DemoResult
+    from stillroom.pipeline.config import CacheConfig
+    from stillroom.pipeline.run import CacheResult
+    from stillroom.storage.cache import Cache
+    from stillroom.train.config import TrainConfig
+    from stillroom.train.evaluate import Evaluation
+    from stillroom.train.run import TrainResult
+
+
+class InspectConfig(BaseModel):
+    """Settings of `stillroom inspect`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    cache: Path = Field(description="directory of the cache")
+    sample: int = Field(64, ge=1, description="sequences read to measure kept mass and entries per row")
+
+
+class EvaluateConfig(BaseModel):
+    """Settings of `stillroom evaluate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    student: str = Field(description="folder or hub id of the student")
+    teacher: str | None = Field(None, description="folder or hub id of the teacher (for KL, agreement, acceptance)")
+    data: str | None = Field(
+        None, description="held-out text: file, folder or `datasets` name, cut by the student's tokenizer"
+    )
+    cache: Path | None = Field(None, description="take the token ids of this cache instead of text")
+    text_column: str = Field("text", description="column or JSON key that holds the text")
+    split: str = Field("train", description="split of a `datasets` dataset")
+    seq_len: int = Field(1024, ge=2, description="rows per sequence of --data")
+    max_sequences: int = Field(256, ge=1, description="evaluate at most so many sequences")
+    batch_size: int = Field(8, ge=1, description="sequences per forward")
+
+
+class DemoConfig(BaseModel):
+    """Settings of `stillroom demo`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    out: Path = Field(Path("runs/demo"), description="folder for everything the demo makes")
+    tokens: int = Field(600_000, ge=20_000, description="tokens the teacher and each student are trained on")
+    seed: int = Field(0, description="seed of initial weights, order and sampler")
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `stillroom inspect` reports.
+
+    Attributes:
+        complete: whether every shard of the plan is committed.
+        sequences, rows, entries: what is committed.
+        entries_per_row: mean.
+        bytes_per_row: by array, mean over the cache.
+        kept_mass: mean teacher probability of the kept ids, or None where the cache keeps no log-probabilities.
+        manifest: what made the cache.
+    """
+
+    complete: bool
+    sequences: int
+    rows: int
+    entries: int
+    entries_per_row: float
+    bytes_per_row: dict[str, float]
+    kept_mass: float | None
+    manifest: dict[str, Any]
+
+
+def cache(config: CacheConfig, as_json: bool) -> CacheResult:
+    """`stillroom cache`."""
+    from stillroom.pipeline.run import build_cache
+
+    with Reporter() as report:
+        result = build_cache(config, on_progress=report)
+    if result.already_done:
+        err.print(f"cache {result.out} is complete ({result.shards} shards): nothing to do")
+    if not as_json:
+        show_pairs(
+            f"cache {result.out}",
+            [
+                ("sequences", f"{result.sequences:,}"),
+                ("rows", f"{result.rows:,}"),
+                ("shards", f"{result.shards} ({result.shards_before} were there)"),
+                ("seconds", f"{result.seconds:.1f}"),
+            ],
+        )
+    return result
+
+
+def inspect(config: InspectConfig, as_json: bool) -> Inspection:
+    """`stillroom inspect`."""
+    from stillroom.storage.cache import open_cache
+
+    opened = open_cache(config.cache, partial=True)
+    result = _inspection(opened, config.sample)
+    if not as_json:
+        made = opened.manifest
+        show_pairs(
+            f"cache {config.cache}" + ("" if result.complete else " (incomplete)"),
+            [
+                ("teacher", f"{made.teacher.name} ({made.teacher.fingerprint[:12]}, {made.teacher.dtype})"),
+                ("corpus", f"{made.corpus.name} ({made.corpus.documents:,} documents)"),
+                ("sampler", f"{made.sampler.kind}, N = {made.sampler.draws}, seed {made.sampler.seed}"),
+                ("packing", f"{made.packing.policy}, {made.packing.seq_len} rows a sequence"),
+                ("vocabulary", f"{made.vocab_size:,}"),
+                ("made", f"{made.created} by stillroom {made.libraries.get('stillroom', '?')}"),
+                ("sequences", f"{result.sequences:,} of {made.sequences:,}"),
+                ("rows", f"{result.rows:,}"),
+                ("entries per row", f"{result.entries_per_row:.2f}"),
+                ("kept mass", "not kept" if result.kept_mass is None else f"{result.kept_mass:.4f}"),
+            ],
+        )
+        total = sum(result.bytes_per_row.values())
+        rows = [(name, f"{value:.2f}", f"{value / total:.1%}") for name, value in result.bytes_per_row.items()]
+        show_table("bytes per row", ("array", "bytes", "share"), [*rows, ("all", f"{total:.2f}", "")])
+    return result
+
+
+def train(config: TrainConfig, as_json: bool) -> TrainResult:
+    """`stillroom train`."""
+    from stillroom.train.run import train_student
+
+    with Reporter() as report:
+        result = train_student(config, on_progress=lambda done, total, note: report("train", done, total, _note(note)))
+    if result.already_done:
+        err.print(f"run {result.out} is finished ({result.steps} steps): nothing to do")
+    if not as_json:
+        show_pairs(f"student {result.out}", [(k, v) for k, v in asdict(result).items() if k != "out"])
+    return result
+
+
+def evaluate(config: EvaluateConfig, as_json: bool) -> Evaluation:
+    """`stillroom evaluate`."""
+    from stillroom.train.evaluate import evaluate as measure
+
+    with Reporter() as report:
+        result = measure(
+            config.student,
+            tokens_SL1=_held_out_tokens(config),
+            teacher=config.teacher,
+            batch_size=config.batch_size,
+            on_progress=lambda done, total: report("evaluate", done, total),
+        )
+    if not as_json:
+        show_pairs(f"student {config.student}", [(k, _number(v)) for k, v in asdict(result).items() if v is not None])
+    return result
+
+
+def demo(config: DemoConfig, as_json: bool) -> DemoResult:
+    """`stillroom demo`."""
+    from stillroom.demo import run_demo
+
+    with Reporter() as report:
+        result = run_demo(config.out, tokens=config.tokens, seed=config.seed, report=report)
+    if not as_json:
+        result.show()
+    return result
+
+
+def _inspection(opened: Cache, sample: int) -> Inspection:
+    import numpy as np
+
+    rows = len(opened) * opened.manifest.packing.seq_len
+    kept: list[float] = []
+    for index in (
+        np.unique(np.linspace(0, len(opened) - 1, min(sample, len(opened))).astype(int)) if len(opened) else []
+    ):
+        targets = opened[int(index)].targets
+        if targets.logp is None or np.isnan(targets.logp).any():
+            break
+        kept.append(float(np.exp(targets.logp.astype(np.float64)).sum() / targets.rows))
+    return Inspection(
+        complete=opened.complete,
+        sequences=len(opened),
+        rows=rows,
+        entries=opened.entries,
+        entries_per_row=opened.entries / max(rows, 1),
+        bytes_per_row={name: size / max(rows, 1) for name, size in opened.bytes_by_array().items()},
+        kept_mass=float(np.mean(kept)) if kept else None,
+        manifest=opened.manifest.to_json(),
+    )
+
+
+def _held_out_tokens(config: EvaluateConfig) -> Any:
+    if (config.data is None) == (config.cache is None):
+        raise InputError("evaluate needs held-out rows: give --data TEXT or --cache DIR, one of them")
+    if config.cache is not None:
+        from stillroom.storage.cache import open_cache
+
+        opened = open_cache(config.cache)
+        return opened.read(range(min(len(opened), config.max_sequences))).tokens
+    assert config.data is not None
+    from stillroom.pipeline.config import CorpusConfig
+    from stillroom.pipeline.packing import pack
+    from stillroom.pipeline.teacher import load_tokenizer
+
+    corpus = CorpusConfig(
+        data=config.data,
+        text_column=config.text_column,
+        split=config.split,
+        seq_len=config.seq_len,
+        max_sequences=config.max_sequences,
+    )
+    return pack(corpus, load_tokenizer(config.student)).tokens_SL1
+
+
+def _note(metrics: dict[str, Any]) -> str:
+    return " ".join(f"{name} {_number(value)}" for name, value in metrics.items())
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,263 @@
+"""The demo: the whole way, once, on text every machine has, through the same functions the commands call.
+
+Python's own sources -> tokenizer -> a small teacher -> cache -> one audit line -> three students -> a table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from stillroom.console import err, show_table
+from stillroom.storage.errors import InputError
+
+VOCAB_SIZE: Final = 4096
+SEQ_LEN: Final = 256
+HELD_OUT_SHARE: Final = 20  # one file in twenty
+HELD_OUT_SEQUENCES: Final = 128
+SAMPLER: Final = "threshold"
+DRAWS: Final = 50
+MATRIX_LR: Final = 0.02
+EMBEDDING_LR: Final = 4e-3
+ARMS: Final = {
+    "labels only (CE)": ("ce", "student-ce"),
+    "from the cache": ("forward_kl", "student-cache"),
+    "live teacher (full KD)": ("full_kd", "student-full-kd"),
+}
+
+Report = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """Numbers of one demo run.
+
+    Attributes:
+        bytes_per_row: of the cache, everything included.
+        entries_per_row: mean support.
+        audit: the audit line.
+        arms: per arm the evaluation on held-out files, and training tokens per second.
+        gap_closed: share of the CE -> full-KD gap of held-out KL that the cached student closed.
+        seconds: wall time by stage of this run (a stage found finished costs nothing).
+    """
+
+    bytes_per_row: float
+    entries_per_row: float
+    audit: str
+    arms: dict[str, dict[str, Any]]
+    gap_closed: float
+    seconds: dict[str, float]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table: one row per arm."""
+        table = []
+        for name, arm in self.arms.items():
+            numbers = [arm.get("lm_loss"), arm.get("kl"), arm.get("ece"), arm.get("acceptance")]
+            cells = ["" if value is None else f"{value:.4f}" for value in numbers]
+            size = f"{self.bytes_per_row:.1f}" if name == "from the cache" else ""
+            closed = f"{self.gap_closed:.0%}" if name == "from the cache" else ""
+            table.append((name, size, *cells, closed))
+        return table
+
+    def show(self) -> None:
+        """Print the audit line and the table."""
+        err.print(self.audit, soft_wrap=True)
+        show_table("held-out files of the standard library", HEADER, self.rows())
+
+
+HEADER: Final = ("student", "bytes/row", "LM loss", "KL to teacher", "ECE", "acceptance", "KL gap closed")
+
+
+def run_demo(out: Path, *, tokens: int, seed: int, report: Report) -> DemoResult:
+    """Run every stage that is not finished yet, below `out`.
+
+    Args:
+        out: folder for text, models, cache and results.
+        tokens: training tokens of the teacher and of each student.
+        seed: initial weights, order, sampler.
+        report: told (stage, done, total, note).
+    """
+    seconds: dict[str, float] = {}
+    sequences = tokens // SEQ_LEN
+    with _Timed(seconds, "text and tokenizer"):
+        text, held_out = standard_library_text(out / "text")
+        config, teacher = teacher_config(out, text), out / "teacher"
+    from stillroom.pipeline.config import CacheConfig, CorpusConfig
+    from stillroom.pipeline.packing import pack
+    from stillroom.pipeline.run import build_cache
+    from stillroom.pipeline.teacher import load_tokenizer
+    from stillroom.storage.cache import open_cache
+    from stillroom.train.config import TrainConfig
+    from stillroom.train.evaluate import evaluate
+    from stillroom.train.run import train_student
+
+    def fit(stage: str, **settings: Any) -> Any:
+        config = TrainConfig(
+            optimizer="muon",
+            lr=MATRIX_LR,
+            embedding_lr=EMBEDDING_LR,
+            batch_size=8,
+            seed=seed,
+            schedule="linear",
+            **settings,
+        )
+        return lambda tokens_SL1=None: train_student(
+            config,
+            tokens_SL1=tokens_SL1,
+            on_progress=lambda done, total, note: report(stage, done, total, _note(note)),
+        )
+
+    corpus = CorpusConfig(data=str(text), seq_len=SEQ_LEN, max_sequences=sequences)
+    tokenizer = load_tokenizer(str(config))
+    with _Timed(seconds, "teacher"):
+        packed = pack(corpus, tokenizer)
+        fit("teacher", student=str(config), out=teacher, loss="ce")(packed.tokens_SL1)
+        tokenizer.save_pretrained(teacher)
+    with _Timed(seconds, "cache"):
+        settings = CacheConfig(
+            **corpus.model_dump(), teacher=str(teacher), out=out / "cache", sampler=SAMPLER, draws=DRAWS, seed=seed,
+            sequences_per_shard=512,
+        )  # fmt: skip
+        build_cache(settings, on_progress=lambda stage, done, total: report(stage, done, total, ""))
+    cache = open_cache(out / "cache")
+    with _Timed(seconds, "audit"):
+        audit = _audit(cache, teacher)
+    err.print(audit, soft_wrap=True)
+    student = model_config(out / "student-config", layers=2, hidden=128)
+    held_SL1 = pack(
+        CorpusConfig(data=str(held_out), seq_len=SEQ_LEN, max_sequences=HELD_OUT_SEQUENCES), tokenizer
+    ).tokens_SL1
+    arms: dict[str, dict[str, Any]] = {}
+    for name, (loss, folder) in ARMS.items():
+        with _Timed(seconds, name):
+            live = str(teacher) if loss == "full_kd" else None
+            fitted = fit(name, cache=out / "cache", student=str(student), out=out / folder, loss=loss, teacher=live)()
+        with _Timed(seconds, "evaluation"):
+            measured = evaluate(
+                out / folder, tokens_SL1=held_SL1, teacher=teacher,
+                on_progress=lambda done, total, name=name: report(f"evaluate: {name}", done, total, ""),
+            )  # fmt: skip
+        arms[name] = {**asdict(measured), "tokens_per_s": fitted.tokens_per_s}
+    ce, cached, full = (arms[name]["kl"] for name in ARMS)
+    arms["the teacher itself"] = {"lm_loss": arms["from the cache"]["teacher_lm_loss"]}
+    result = DemoResult(
+        bytes_per_row=sum(cache.bytes_by_array().values()) / (len(cache) * SEQ_LEN),
+        entries_per_row=cache.entries / (len(cache) * SEQ_LEN),
+        audit=audit,
+        arms=arms,
+        gap_closed=(ce - cached) / (ce - full),
+        seconds=seconds,
+    )
+    (out / "results.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
+    return result
+
+
+def standard_library_text(folder: Path) -> tuple[Path, Path]:
+    """Write the standard library's sources as two .jsonl files, train and held-out, split by file name.
+
+    Returns:
+        The paths of the training file and of the held-out file.
+
+    Raises:
+        InputError: this Python comes without its sources.
+    """
+    train, held_out = folder / "train.jsonl", folder / "heldout.jsonl"
+    if train.is_file() and held_out.is_file():
+        return train, held_out
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    lines: dict[Path, list[str]] = {train: [], held_out: []}
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root)
+        if skipped & set(name.parts):
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a few codec sources are in other encodings on purpose
+        digest = hashlib.sha256(name.as_posix().encode()).digest()
+        target = held_out if digest[0] % HELD_OUT_SHARE == 0 else train
+        lines[target].append(json.dumps({"path": name.as_posix(), "text": text}))
+    if not lines[train] or not lines[held_out]:
+        raise InputError(
+            f"{root} holds no Python sources: run the demo with a Python that ships its library as .py files"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, content in lines.items():
+        path.write_text("\n".join(content) + "\n", encoding="utf-8")
+    return train, held_out
+
+
+def teacher_config(out: Path, text: Path) -> Path:
+    """Folder with the teacher's configuration and a tokenizer trained on the training file."""
+    folder = model_config(out / "teacher-config", layers=4, hidden=256)
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    with text.open(encoding="utf-8") as lines:
+        tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+def model_config(folder: Path, *, layers: int, hidden: int) -> Path:
+    """Folder with the configuration (no weights) of a small Llama-style model."""
+    from transformers import LlamaConfig
+
+    heads = max(2, hidden // 64)
+    LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 32 * 32,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=SEQ_LEN,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    return folder
+
+
+def _audit(cache: Any, teacher: Path) -> str:
+    from stillroom.pipeline.audit import audit_line
+    from stillroom.pipeline.config import TeacherConfig
+    from stillroom.pipeline.teacher import Teacher
+
+    return str(audit_line(cache, Teacher(TeacherConfig(teacher=str(teacher)))))
+
+
+def _note(metrics: dict[str, Any]) -> str:
+    return f"loss {metrics['loss']:.3f}" if "loss" in metrics else ""
+
+
+class _Timed:
+    """Adds the wall time of a `with` block to `seconds[name]`."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._start

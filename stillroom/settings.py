@@ -1,0 +1,142 @@
+"""Command lines and YAML files to typed settings: one pydantic model serves flags, file and Python alike.
+
+Precedence: defaults, then `--config FILE`, then flags. An unknown key or flag is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from stillroom.storage.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of leaving, so that one place prints errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}: see `{self.prog} --help`")
+
+
+def parse(
+    model: type[Model], argv: Sequence[str], *, prog: str, summary: str, examples: str, positional: str | None = None
+) -> tuple[Model, bool]:
+    """Settings of one command from its arguments.
+
+    Args:
+        model: pydantic model; every field is a flag (`seq_len` is `--seq-len`).
+        argv: arguments after the command's name.
+        prog: what the user typed before them.
+        summary: one sentence on the command.
+        examples: shown below the options.
+        positional: the field that may also stand alone, without its flag.
+
+    Returns:
+        The settings, and whether `--json` was asked for.
+
+    Raises:
+        InputError: an unknown flag or key, a value that does not fit, a missing one.
+    """
+    parser = _parser(model, prog, summary, examples, positional)
+    given, stray = parser.parse_known_args(list(argv))
+    if stray:
+        raise InputError(unknown(stray[0], [_flag(name) for name in model.model_fields], f"option of {prog}"))
+    flags = {name: value for name, value in vars(given).items() if value is not None}
+    as_json, file = bool(flags.pop("json", False)), flags.pop("config", None)
+    if positional and f"{positional}_" in flags:
+        flags[positional] = flags.pop(f"{positional}_")
+    values = {**(read_yaml(Path(file), model) if file else {}), **flags}
+    return validate(model, values), as_json
+
+
+def read_yaml(file: Path, model: type[BaseModel]) -> dict[str, Any]:
+    """Keys and values of a YAML settings file, keys checked against `model`."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"settings file {file} can not be read ({reason}): name a YAML file of `key: value`"
+        ) from error
+    if not isinstance(values, dict):
+        raise InputError(f"settings file {file} holds {type(values).__name__}, wanted `key: value` lines")
+    for key in values:
+        if key not in model.model_fields:
+            raise InputError(unknown(str(key), list(model.model_fields), f"key in {file}"))
+    return values
+
+
+def validate(model: type[Model], values: dict[str, Any]) -> Model:
+    """`model(**values)`, its first complaint as one sentence.
+
+    Raises:
+        InputError: a value that does not fit, or a missing one.
+    """
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if first["type"] == "missing":
+            description = model.model_fields[name].description
+            raise InputError(
+                f"{_flag(name)} is missing ({description}): give it on the command line or in --config"
+            ) from error
+        said = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if not name:
+            raise InputError(said) from error
+        raise InputError(f"{_flag(name)} came as {first['input']!r}, but it {said}") from error
+
+
+def _parser(model: type[BaseModel], prog: str, summary: str, examples: str, positional: str | None) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        description=summary,
+        epilog="examples:\n" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, field in model.model_fields.items():
+        if name == positional:
+            parser.add_argument(f"{name}_", metavar=name.upper(), nargs="?", help=field.description)
+        spellings = [_flag(name)] + ([f"--{name}"] if "_" in name else [])
+        default = "" if field.is_required() or field.default in (None, "") else f" [{field.default}]"
+        parser.add_argument(
+            *spellings, dest=name, metavar=_metavar(field), help=f"{field.description}{default}".replace("%", "%%")
+        )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
+    parser.add_argument("--json", action="store_true", default=None, help="print the result as JSON on standard output")
+    return parser
+
+
+def _metavar(field: FieldInfo) -> str:
+    annotation = field.annotation
+    choices = [
+        c for a in (annotation, *get_args(annotation)) if str(get_origin(a)) == "typing.Literal" for c in get_args(a)
+    ]
+    if choices:
+        return "{" + ",".join(map(str, choices)) + "}"
+    names = [a.__name__ for a in (get_args(annotation) or (annotation,)) if isinstance(a, type) and a is not type(None)]
+    return {"str": "TEXT", "int": "N", "float": "X", "bool": "BOOL", "Path": "PATH"}.get(
+        names[0] if names else "", "VALUE"
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def unknown(got: str, known: list[str], what: str) -> str:
+    got = got.split("=")[0]
+    near = difflib.get_close_matches(got, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    return f"{got} is no {what}: {hint}"
