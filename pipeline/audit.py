@@ -5,6 +5,7 @@ Shapes: `L` rows of a sequence, `V` vocabulary, `G` probability buckets.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Final
@@ -12,9 +13,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from stillroom.storage.cache import Cache
 
 from stillroom.pipeline.teacher import Teacher
-from stillroom.storage.cache import Cache
 from stillroom.storage.errors import InputError
 
 BUCKET_EDGES: Final = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0 + 1e-6)
@@ -115,10 +116,7 @@ def _excess(
     """Kept weight minus true mass per row and probability bucket, `[L, G]`."""
     rows, buckets = len(p_LV), len(BUCKET_EDGES) - 1
     true_LG = np.stack(
-        [
-            np.where((p_LV >= low) & (p_LV < high), p_LV, 0.0).sum(-1)
-            for low, high in zip(BUCKET_EDGES, BUCKET_EDGES[1:])
-        ],
+        [np.where((p_LV >= low) & (p_LV < high), p_LV, 0.0).sum(-1) for low, high in itertools.pairwise(BUCKET_EDGES)],
         axis=1,
     )
     bucket_E = np.digitize(p_E, BUCKET_EDGES[1:-1])

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from stillroom.storage.writer import CacheWriter
 
 from stillroom.kernels import targets as torch_targets
 from stillroom.kernels.sample import sample, uniforms
@@ -27,7 +28,6 @@ from stillroom.storage.errors import InputError
 from stillroom.storage.manifest import CorpusInfo, Manifest, PackingInfo, TeacherInfo, TokenizerInfo
 from stillroom.storage.spec import SamplerSpec
 from stillroom.storage.targets import SparseTargets
-from stillroom.storage.writer import CacheWriter
 
 ROUNDING_STREAM: Final = 1  # stream 0 draws the targets; this one rounds them to codes
 ROUNDING_UNIFORMS: Final = 3

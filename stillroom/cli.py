@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not sys.stderr.isatty():  # the hub library's bars are for terminals
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return _dispatch(arguments)
     except StillroomError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stillroom.console import Reporter, err, show_pairs, show_table
+from stillroom.console import Reporter, say, show_pairs, show_table
 from stillroom.storage.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def cache(config: CacheConfig, as_json: bool) -> CacheResult:
     with Reporter() as report:
         result = build_cache(config, on_progress=report)
     if result.already_done:
-        err.print(f"cache {result.out} is complete ({result.shards} shards): nothing to do")
+        say(f"cache {result.out} is complete ({result.shards} shards): nothing to do")
     if not as_json:
         show_pairs(
             f"cache {result.out}",
@@ -135,7 +135,7 @@ def train(config: TrainConfig, as_json: bool) -> TrainResult:
     with Reporter() as report:
         result = train_student(config, on_progress=lambda done, total, note: report("train", done, total, _note(note)))
     if result.already_done:
-        err.print(f"run {result.out} is finished ({result.steps} steps): nothing to do")
+        say(f"run {result.out} is finished ({result.steps} steps): nothing to do")
     if not as_json:
         show_pairs(f"student {result.out}", [(k, v) for k, v in asdict(result).items() if k != "out"])
     return result
@@ -182,7 +182,7 @@ def _inspection(opened: Cache, sample: int) -> Inspection:
             break
         kept.append(float(np.exp(targets.logp.astype(np.float64)).sum() / targets.rows))
     return Inspection(
-        complete=opened.complete,
+        complete=len(opened) == opened.manifest.sequences,
         sequences=len(opened),
         rows=rows,
         entries=opened.entries,

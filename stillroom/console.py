@@ -28,6 +28,11 @@ err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
 
+def say(text: str) -> None:
+    """One line on standard error, never wrapped, never read as markup."""
+    err.print(text, soft_wrap=True, markup=False)
+
+
 class Reporter:
     """Progress of named stages: call it with (stage, done, total, note); total 0 means unknown."""
 
@@ -66,7 +71,7 @@ class Reporter:
         rate = (done - first) / (now - start_s) if now > start_s else 0.0
         left = f", {(total - done) / rate:.0f} s left" if rate and total else ""
         count = f"{done}/{total}" if total else str(done)
-        err.print(f"{stage}: {count} ({rate:.1f}/s{left}) {note}".rstrip(), soft_wrap=True)
+        say(f"{stage}: {count} ({rate:.1f}/s{left}) {note}".rstrip())
 
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from stillroom.console import err, show_table
+from stillroom.console import say, show_table
 from stillroom.storage.errors import InputError
 
 VOCAB_SIZE: Final = 4096
@@ -67,7 +67,7 @@ class DemoResult:
 
     def show(self) -> None:
         """Print the audit line and the table."""
-        err.print(self.audit, soft_wrap=True)
+        say(self.audit)
         show_table("held-out files of the standard library", HEADER, self.rows())
 
 
@@ -128,7 +128,7 @@ def run_demo(out: Path, *, tokens: int, seed: int, report: Report) -> DemoResult
     cache = open_cache(out / "cache")
     with _Timed(seconds, "audit"):
         audit = _audit(cache, teacher)
-    err.print(audit, soft_wrap=True)
+    say(audit)
     student = model_config(out / "student-config", layers=2, hidden=128)
     held_SL1 = pack(
         CorpusConfig(data=str(held_out), seq_len=SEQ_LEN, max_sequences=HELD_OUT_SEQUENCES), tokenizer

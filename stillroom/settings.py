@@ -136,6 +136,7 @@ def _flag(name: str) -> str:
 
 
 def unknown(got: str, known: list[str], what: str) -> str:
+    """The sentence for a word that is none of `known`, with the nearest of them."""
     got = got.split("=")[0]
     near = difflib.get_close_matches(got, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

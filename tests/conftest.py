@@ -13,7 +13,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorate
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-WORDS = "the still room keeps what the fire gave and gives it again to all who ask for a little more of it".split()
+WORDS = "the still room keeps what the fire gave and gives it again to all who ask for a little more of it".split()  # noqa: SIM905
 
 
 def pytest_configure() -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import stillroom
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,7 @@ def test_links_lead_to_the_root_folders(room: str) -> None:
 def test_bare_kernels_is_not_ours() -> None:
     code = (
         "import importlib.util as u; s = u.find_spec('kernels'); "
-        "print(s is not None and s.origin is not None and s.origin.startswith(%r))" % str(ROOT)
+        f"print(s is not None and s.origin is not None and s.origin.startswith({str(ROOT)!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -81,7 +82,10 @@ def test_public_names_exist_and_are_sorted() -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["cache", "--help"], ["train", "--help"]])
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
-    code = f"import sys; from stillroom.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    code = (
+        f"import sys; from stillroom.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from stillroom.cli import main
 
 CACHE = ["cache", "--seq-len", "16", "--max-sequences", "6", "--sequences-per-shard", "4"]
@@ -97,7 +98,8 @@ def test_whole_way_through_the_commands(
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer; "
         f"m = AutoModelForCausalLM.from_pretrained({str(student)!r}); t = AutoTokenizer.from_pretrained({str(student)!r}); "
-        "assert 'stillroom' not in sys.modules; print(m(**t('the room', return_tensors='pt', return_token_type_ids=False)).logits.shape[-1])"
+        "assert 'stillroom' not in sys.modules; x = t('the room', return_tensors='pt', return_token_type_ids=False); "
+        "print(m(**x).logits.shape[-1])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "300", done.stderr

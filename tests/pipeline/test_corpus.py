@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from stillroom.pipeline.config import CorpusConfig
 from stillroom.pipeline.corpus import documents
 from stillroom.pipeline.packing import pack, tokenizer_fingerprint

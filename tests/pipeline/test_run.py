@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import stillroom
 import torch
+
+import stillroom
 from stillroom.pipeline.audit import audit_line
 from stillroom.pipeline.config import CacheConfig, TeacherConfig
 from stillroom.pipeline.run import build_cache

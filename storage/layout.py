@@ -1,0 +1,197 @@
+"""Which arrays a shard holds, with what shapes, and the Zarr v3 metadata that says so. A pure function of the manifest.
+
+Shapes: `S` sequences of a shard, `L` rows of a sequence. A row has n entries: first its head, then its tail.
+
+    tokens        [S, L+1]   u16 or u32  token ids; row t's label is tokens[t+1]
+    n             [S, L]     u8 or u16   entries of the row; 0: the row is outside the loss mask
+    id_lo         [S, cap]   u16         low 16 bits of the id code
+    id_hi         [S, k, cap/8] u8       its k higher bits, one packed bit plane each (little bit order); none if vocab <= 65536
+    label_logp    [S, L]     u16         -log p(label) in 1/128 nat; 65535: no label
+    entropy       [S, L]     u8          in 1/15 nat; 255: none
+
+    random, systematic:
+    count         [S, hcap]  u8 or u16   counts of the head = the entries drawn more than once; the tail was drawn once each
+    weight        [S, cap]   f32         only where exponent != 1 (else count / N)
+    logp          [S, cap]   u8          only where keep_logp is "all", or "head" (0 for p < 1/N)
+    threshold:
+    n_head        [S, L]     u8 or u16   entries of the head = p >= 1/N
+    logp_head     [S, hcap]  u8          log-p codes of the head
+    logp_tail     [S, tcap]  u8          log-p codes of the tail, only where keep_logp is "all"
+    tail          [S, L]     u8 or u16   code of the tail mass
+    top_k, top_p (all of the row is head):
+    logp          [S, cap]   u8          log-p codes
+    kept          [S, L]     f32         mass of the kept entries
+
+Rows lie back to back and are padded with zeros to the widest sequence of the shard. The id code of a head entry and of
+the first tail entry of a row is the id; of every other tail entry it is the step from the id before it (the tail ascends).
+A head of counts needs no lengths: row r has the next counts until sum(count - 1) reaches N - n.
+
+Stock zarr and numpy read it, here the ids and weights of sequence i of a `random` cache:
+
+    group = zarr.open_group(path, mode="r")
+    n, count = group["n"][i].astype(int), group["count"][i].astype(int)
+    count, stop = count[count > 0], n.cumsum()
+    code = group["id_lo"][i][: stop[-1]].astype(int)
+    for b in range(group["id_hi"].shape[1]):
+        code += np.unpackbits(group["id_hi"][i, b], bitorder="little")[: stop[-1]].astype(int) << (16 + b)
+    head = np.diff(np.searchsorted((count - 1).cumsum(), (N - n).cumsum(), side="right"), prepend=0)
+    for start, h, end in zip(stop - n, head, stop):
+        weights = np.r_[count[:h], np.ones(end - start - h)] / N
+        ids, count = np.r_[code[start : start + h], code[start + h : end].cumsum()], count[h:]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from stillroom.storage.codes import tail_code_max
+from stillroom.storage.manifest import Manifest
+from stillroom.storage.spec import COUNT_KINDS, SamplerSpec
+
+Run = Literal["token", "row", "entry", "head", "tail"]
+ZSTD_LEVEL: Final = 1
+TOP_KINDS: Final = ("top_k", "top_p")
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Padded widths of a shard's ragged runs: entries, head entries and tail entries of its widest sequence."""
+
+    entry: int
+    head: int
+    tail: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One array of a shard.
+
+    Attributes:
+        name: of the array.
+        dtype: of its elements.
+        run: what one element belongs to, hence how many a sequence has.
+        planes: 0, or the number of packed bit planes.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    run: Run
+    planes: int = 0
+
+    def chunk_shape(self, seq_len: int, widths: Widths) -> tuple[int, ...]:
+        """Shape of one sequence's chunk, without the leading 1."""
+        if self.run == "token":
+            return (seq_len + 1,)
+        if self.run == "row":
+            return (seq_len,)
+        width: int = getattr(widths, self.run)
+        return (self.planes, width // 8) if self.planes else (width,)
+
+    @property
+    def object_name(self) -> str:
+        """Name of its one shard object, relative to the group."""
+        return f"{self.name}/c/0/0/0" if self.planes else f"{self.name}/c/0/0"
+
+
+def padded(width: int) -> int:
+    """`width` rounded up to a multiple of 8, at least 8."""
+    return max(8, -(-width // 8) * 8)
+
+
+def widest(spec: SamplerSpec, seq_len: int) -> int:
+    """The most entries a sequence may have: a legal row has at most N, a threshold row N + 1."""
+    return padded((spec.draws + 1) * seq_len)
+
+
+def arrays_of(manifest: Manifest) -> tuple[ArraySpec, ...]:
+    """The arrays of every shard of a cache, in the order they are written."""
+    spec = manifest.sampler
+    small: npt.DTypeLike = np.uint8 if spec.draws + 1 <= 255 else np.uint16
+    tokens: npt.DTypeLike = (
+        np.uint16 if max(manifest.vocab_size, manifest.tokenizer.vocab_size) <= 1 << 16 else np.uint32
+    )
+    high_bits = id_high_bits(manifest.vocab_size)
+    plan: list[tuple[str, npt.DTypeLike, Run, bool]] = [
+        ("tokens", tokens, "token", True),
+        ("n", small, "row", True),
+        ("id_lo", np.uint16, "entry", True),
+        ("id_hi", np.uint8, "entry", high_bits > 0),
+        ("label_logp", np.uint16, "row", True),
+        ("entropy", np.uint8, "row", True),
+        ("count", np.uint8 if spec.draws <= 255 else np.uint16, "head", spec.kind in COUNT_KINDS),
+        ("weight", np.float32, "entry", spec.exponent != 1.0),
+        ("n_head", small, "row", spec.kind == "threshold"),
+        ("logp_head", np.uint8, "head", spec.kind == "threshold"),
+        ("logp_tail", np.uint8, "tail", spec.kind == "threshold" and spec.keep_logp == "all"),
+        (
+            "tail",
+            np.uint8 if tail_code_max(spec.draws) == 255 else np.uint16,
+            "row",
+            spec.kind == "threshold",
+        ),
+        ("logp", np.uint8, "entry", spec.kind != "threshold" and spec.keep_logp != "none"),
+        ("kept", np.float32, "row", spec.kind in TOP_KINDS),
+    ]
+    return tuple(
+        ArraySpec(name, np.dtype(dtype).newbyteorder("<"), run, high_bits if name == "id_hi" else 0)
+        for name, dtype, run, used in plan
+        if used
+    )
+
+
+def id_high_bits(vocab_size: int) -> int:
+    """k: how many bits of an id lie above the low 16."""
+    return max(0, (vocab_size - 1).bit_length() - 16)
+
+
+def array_metadata(array: ArraySpec, sequences: int, chunk_shape: tuple[int, ...]) -> dict[str, Any]:
+    """Zarr v3 metadata: one shard object for the whole array, one inner chunk for each sequence, core codecs only."""
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": True}}
+    shape = [sequences, *chunk_shape]
+    width = {"token": "token", "row": "row"}.get(array.run, f"{array.run}_slot")
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": array.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0.0 if array.dtype.kind == "f" else 0,
+        "codecs": [
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": [1, *chunk_shape],
+                    "codecs": [little, zstd],
+                    "index_codecs": [little, {"name": "crc32c"}],
+                    "index_location": "end",
+                },
+            }
+        ],
+        "dimension_names": ["sequence", "bit", "slot_byte"] if array.planes else ["sequence", width],
+        "attributes": {},
+    }
+
+
+def group_metadata(manifest: Manifest, index: int, widths: Widths) -> dict[str, Any]:
+    """Zarr v3 group metadata; its attributes make the shard readable on its own."""
+    start, stop = manifest.shard_range(index)
+    attributes = {
+        "format": "stillroom-shard",
+        "format_version": manifest.format_version,
+        "shard": index,
+        "sequences": [start, stop],
+        "seq_len": manifest.packing.seq_len,
+        "vocab_size": manifest.vocab_size,
+        "widths": {"entry": widths.entry, "head": widths.head, "tail": widths.tail},
+        "sampler": manifest.sampler.to_json(),
+        "teacher": manifest.teacher.fingerprint,
+        "tokenizer": manifest.tokenizer.fingerprint,
+        "corpus": manifest.corpus.fingerprint,
+    }
+    return {"zarr_format": 3, "node_type": "group", "attributes": {"stillroom": attributes}}

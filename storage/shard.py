@@ -1,0 +1,79 @@
+"""The bytes of a shard: Zarr v3 objects written by hand, so that the same targets always give the same bytes.
+
+Shapes: `S` sequences of the shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+from numcodecs import Zstd
+
+from stillroom.storage import strict
+from stillroom.storage.encode import EncodedRows
+from stillroom.storage.layout import (
+    ZSTD_LEVEL,
+    ArraySpec,
+    Widths,
+    array_metadata,
+    arrays_of,
+    group_metadata,
+    padded,
+)
+from stillroom.storage.manifest import Manifest
+
+INDEX_ENTRY_BYTES: Final = 16  # offset and length, both u64
+INDEX_CRC_BYTES: Final = 4
+
+
+def widths_of(blocks: list[EncodedRows]) -> Widths:
+    """Padded widths that hold every sequence of the shard."""
+    return Widths(
+        *(
+            padded(max((int(block.lengths[run].max()) for block in blocks), default=0))
+            for run in ("entry", "head", "tail")
+        )
+    )
+
+
+def shard_objects(
+    manifest: Manifest, index: int, blocks: list[EncodedRows], widths: Widths
+) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of every object of shard `index`, relative to its group."""
+    seq_len = manifest.packing.seq_len
+    sequences = sum(len(block.lengths["row"]) for block in blocks)
+    yield "zarr.json", strict.dumps(group_metadata(manifest, index, widths)).encode()
+    for array in arrays_of(manifest):
+        chunk_shape = array.chunk_shape(seq_len, widths)
+        yield f"{array.name}/zarr.json", strict.dumps(array_metadata(array, sequences, chunk_shape)).encode()
+        yield array.object_name, _array_object(array, blocks, chunk_shape)
+
+
+def _array_object(array: ArraySpec, blocks: list[EncodedRows], chunk_shape: tuple[int, ...]) -> bytes:
+    codec = Zstd(level=ZSTD_LEVEL, checksum=True)
+    chunks = [bytes(codec.encode(chunk)) for block in blocks for chunk in _chunks(array, block, chunk_shape)]
+    index_S2 = np.zeros((len(chunks), 2), "<u8")
+    index_S2[:, 1] = [len(chunk) for chunk in chunks]
+    index_S2[1:, 0] = np.cumsum(index_S2[:-1, 1])
+    index = index_S2.tobytes()
+    return b"".join([*chunks, index, google_crc32c.value(index).to_bytes(INDEX_CRC_BYTES, "little")])
+
+
+def _chunks(array: ArraySpec, block: EncodedRows, chunk_shape: tuple[int, ...]) -> Iterator[npt.NDArray[Any]]:
+    flat = block.arrays["id" if array.name.startswith("id_") else array.name]
+    ends = np.cumsum(block.lengths[array.run])
+    for start, end in zip(ends - block.lengths[array.run], ends, strict=True):
+        chunk = np.zeros(chunk_shape, array.dtype)
+        if array.planes:
+            bits = (flat[start:end] >> np.arange(16, 16 + array.planes, dtype=np.uint32)[:, None]) & np.uint32(1)
+            packed = np.packbits(bits.astype(np.uint8), axis=1, bitorder="little")
+            chunk[:, : packed.shape[1]] = packed
+        elif array.name == "id_lo":
+            chunk[: end - start] = flat[start:end] & np.uint32(0xFFFF)
+        else:
+            chunk[: end - start] = flat[start:end]
+        yield chunk

@@ -1,0 +1,1 @@
+"""Stage two: targets from a cache or a live teacher, the loss, the trainer, and the evaluation of a student."""

@@ -1,0 +1,246 @@
+"""What a training step reads: `Batch`, the two sources it comes from, and the order of sequences.
+
+A source is a `torch.utils.data.Dataset` of sequences whose `__getitems__` fetches a whole batch at once; with `OrderSampler`
+as the `batch_sampler` of a `DataLoader` (and `collate_fn=as_is`) they serve any training loop.
+
+Shapes: `B` sequences, `L` positions, `N` = B * L rows, `S` sequences of the source, `P` positions in the order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from stillroom.kernels.targets import SparseTargets
+from stillroom.storage import targets as storage_targets
+from stillroom.storage.cache import Cache
+from stillroom.storage.errors import InputError
+from stillroom.storage.manifest import Manifest
+from stillroom.storage.order import permute
+
+IGNORED = -100  # label of a row outside the loss mask
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences for one forward pass; all tensors on one device.
+
+    Attributes:
+        tokens_BL: int64, what the model reads.
+        labels_BL: int64, the token after each; -100 outside the loss mask.
+        mask_BL: bool, rows that count.
+        targets: of the B * L rows, sequence by sequence; None where the source has tokens only.
+    """
+
+    tokens_BL: torch.Tensor
+    labels_BL: torch.Tensor
+    mask_BL: torch.Tensor
+    targets: SparseTargets | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.tokens_BL.to(device, non_blocking=True),
+            self.labels_BL.to(device, non_blocking=True),
+            self.mask_BL.to(device, non_blocking=True),
+            None if self.targets is None else self.targets.to(device, non_blocking=True),
+        )
+
+
+class Source(Protocol):
+    """Sequences by number, a batch at a time."""
+
+    @property
+    def seq_len(self) -> int:
+        """Rows per sequence, L."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the source holds; where it lies plays no part."""
+
+    def __len__(self) -> int: ...
+    def __getitems__(self, indices: list[int]) -> Batch: ...
+
+
+@final
+class CacheDataset(Dataset[Batch]):
+    """The sequences of a cache with their targets.
+
+    Args:
+        cache: an open cache.
+        with_targets: False leaves `Batch.targets` empty, for losses that want the tokens only.
+    """
+
+    def __init__(self, cache: Cache, *, with_targets: bool = True) -> None:
+        self.cache = cache
+        self.with_targets = with_targets
+
+    @property
+    def seq_len(self) -> int:
+        """Rows per sequence, L."""
+        return self.cache.manifest.packing.seq_len
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest's identity fields."""
+        manifest = self.cache.manifest.to_json()
+        for place in Manifest.NOT_IDENTITY:
+            *parents, name = place.split(".")
+            (manifest[parents[0]] if parents else manifest).pop(name)
+        return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        found = self.cache.read(indices)
+        batch = _split(found.tokens)
+        if not self.with_targets:
+            return batch
+        targets = to_torch(found.targets)
+        mask_BL = (targets.offsets.diff() > 0).view_as(batch.labels_BL)  # rows outside the loss mask keep nothing
+        return Batch(batch.tokens_BL, batch.labels_BL.masked_fill(~mask_BL, IGNORED), mask_BL, targets)
+
+
+@final
+class TokenDataset(Dataset[Batch]):
+    """Plain token sequences, for cross-entropy and live teachers.
+
+    Args:
+        tokens_SL1: `[S, L+1]` unsigned or signed integers; row t of a sequence has the context `0..t` and the label `t+1`.
+
+    Raises:
+        InputError: another shape or dtype, or no sequence.
+    """
+
+    def __init__(self, tokens_SL1: npt.NDArray[np.integer]) -> None:
+        if (
+            tokens_SL1.ndim != 2
+            or tokens_SL1.shape[0] < 1
+            or tokens_SL1.shape[1] < 2
+            or tokens_SL1.dtype.kind not in "iu"
+        ):
+            raise InputError(
+                f"tokens came as {tokens_SL1.dtype}{list(tokens_SL1.shape)}, wanted integers [sequences, seq_len + 1]: "
+                "pack the text into sequences of one length"
+            )
+        self.tokens_SL1 = tokens_SL1
+
+    @property
+    def seq_len(self) -> int:
+        """Rows per sequence, L."""
+        return int(self.tokens_SL1.shape[1]) - 1
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the shape and the tokens as uint32."""
+        digest = hashlib.sha256(str(self.tokens_SL1.shape).encode())
+        for start in range(0, len(self), 1024):
+            digest.update(np.ascontiguousarray(self.tokens_SL1[start : start + 1024], dtype="<u4").data)
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.tokens_SL1)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return _split(self.tokens_SL1[indices])
+
+
+@final
+class OrderSampler(Sampler[list[int]]):
+    """Batches of sequence numbers: the keyed permutation of every epoch, cut into steps, parts and ranks.
+
+    Step k takes the positions `k * batch_size ... (k + 1) * batch_size - 1` of an endless order in which epoch e is the
+    permutation keyed (seed, e). It is a pure function of k, so a resumed run starts at `first_step` without reading what
+    came before, and neither the number of parts nor of processes changes what a step holds.
+
+    Args:
+        size: sequences of the universe, 0 to size - 1.
+        batch_size: sequences per step over all parts and ranks.
+        steps: steps of the whole run; `len` counts all their parts, also the skipped ones.
+        seed: key of the order.
+        parts: micro-batches per step.
+        rank, ranks: this process and how many there are.
+        first_step: step to start at.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        parts: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        first_step: int = 0,
+    ) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.steps = steps
+        self.seed = seed
+        self.parts = parts
+        self.rank = rank
+        self.ranks = ranks
+        self.first_step = first_step
+
+    def __len__(self) -> int:
+        return self.steps * self.parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.steps):
+            for part in np.array_split(self.step(step), self.parts * self.ranks)[self.rank :: self.ranks]:
+                yield part.tolist()
+
+    def step(self, step: int) -> npt.NDArray[np.int64]:
+        """Sequence numbers of one step, `[batch_size]`."""
+        position_P = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epoch_P, within_P = np.divmod(position_P, self.size)
+        return np.concatenate(
+            [
+                permute(within_P[epoch_P == epoch], size=self.size, seed=self.seed, epoch=int(epoch))
+                for epoch in np.unique(epoch_P)
+            ]
+        )
+
+
+def as_is(batch: Batch) -> Batch:
+    """The `collate_fn` of these datasets: `__getitems__` has collated already."""
+    return batch
+
+
+def to_torch(targets: storage_targets.SparseTargets) -> SparseTargets:
+    """The torch twin of targets read from a cache."""
+    return SparseTargets(
+        offsets=_tensor(targets.offsets),
+        ids=_tensor(targets.ids),
+        weights=_tensor(targets.weights),
+        label_logp=_tensor(targets.label_logp),
+        entropy=_tensor(targets.entropy),
+        logp=None if targets.logp is None else _tensor(targets.logp),
+    )
+
+
+def _tensor(array: npt.NDArray[np.generic]) -> torch.Tensor:
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # copies memory-mapped bytes only
+
+
+def _split(tokens_BL1: npt.NDArray[np.integer]) -> Batch:
+    tokens = torch.from_numpy(tokens_BL1.astype(np.int64))
+    labels_BL = tokens[:, 1:].contiguous()
+    return Batch(tokens[:, :-1].contiguous(), labels_BL, torch.ones_like(labels_BL, dtype=torch.bool))

@@ -1,0 +1,203 @@
+"""Everything that can be wrong with a training run, found before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from stillroom.storage.cache import Cache, open_cache
+from stillroom.storage.errors import InputError
+from stillroom.train.config import MissingMass, TrainConfig
+from stillroom.train.data import CacheDataset, Source, TokenDataset
+from stillroom.train.optim import fast_bfloat16
+from stillroom.train.student import ModelInfo, check_length, check_tokenizers, find_model, find_tokenizer
+
+DEFAULT_LR: Final = {"adamw": 1e-3, "muon": 0.02}
+DEFAULT_WEIGHT_DECAY: Final = {"adamw": 0.1, "muon": 0.05}
+PARTIAL_KINDS: Final = ("top_k", "top_p")  # their targets do not sum to one
+NOT_IDENTITY: Final = {"out", "cache", "resume", "save_every", "log_every"}  # change where and how, not what
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run that can start.
+
+    Attributes:
+        config: the settings with every open choice made: steps, lr, weight_decay, dtype.
+        source: sequences.
+        cache: the open cache, if the run has one.
+        student, teacher: found, not loaded.
+        tokenizer: folder of the tokenizer the student will be saved with, if there is one.
+        vocab_size: columns of the logits that take part.
+        sequences: size of the universe.
+        missing: convention for mass the targets do not hold.
+        notes: sentences the user should read once.
+    """
+
+    config: TrainConfig
+    source: Source
+    cache: Cache | None
+    student: ModelInfo
+    teacher: ModelInfo | None
+    tokenizer: Path | None
+    vocab_size: int
+    sequences: int
+    missing: MissingMass
+    notes: tuple[str, ...]
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the student: two runs with equal ones are the same run."""
+        config = self.student.config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            config.pop(name, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+        return {
+            **self.config.model_dump(mode="json", exclude=NOT_IDENTITY),
+            "data": self.source.fingerprint,
+            "student_config": digest,
+        }
+
+
+def make_plan(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -> Plan:
+    """Check a run and settle its open choices.
+
+    Raises:
+        InputError: settings that contradict each other, or a student, teacher or cache that does not fit.
+        CacheError: a cache that cannot be read.
+    """
+    _check_settings(config, tokens_SL1)
+    student = find_model(config.student, role="student")
+    teacher = None if config.teacher is None else find_model(config.teacher, role="teacher")
+    if teacher is not None and not teacher.has_weights:
+        raise InputError(f"teacher {teacher.name} has a configuration but no weights: give a trained model")
+    cache = None if config.cache is None else open_cache(config.cache, logp=False)  # forward KL needs the weights only
+    source: Source
+    if cache is None:
+        assert tokens_SL1 is not None
+        source = TokenDataset(tokens_SL1)
+    else:
+        source = CacheDataset(cache, with_targets=config.loss == "forward_kl")
+    missing = _missing(config, cache)
+    check_length(student, source.seq_len, role="student")
+    if teacher is not None:
+        check_length(teacher, source.seq_len, role="teacher")
+    vocab_size = _check_vocabulary(student, teacher, cache, tokens_SL1)
+
+    notes = []
+    if student.vocab_size > vocab_size:
+        notes.append(
+            f"the student's vocabulary is padded: {student.vocab_size - vocab_size} of its {student.vocab_size} logits lie "
+            f"beyond the {vocab_size} of the teacher and are masked in the loss"
+        )
+    tokenizer = _tokenizer(config, cache, student, teacher)
+    if tokenizer is None:
+        notes.append("no tokenizer is at hand, so the student is saved without one")
+    sequences = min(len(source), config.max_sequences or len(source))
+    if config.max_sequences is not None and config.max_sequences > sequences:
+        notes.append(f"max_sequences is {config.max_sequences}, but there are only {sequences} sequences")
+    return Plan(
+        config=_resolve(config, sequences),
+        source=source,
+        cache=cache,
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        sequences=sequences,
+        missing=missing,
+        notes=tuple(notes),
+    )
+
+
+def _check_settings(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -> None:
+    if not 0.0 <= config.alpha <= 1.0:
+        raise InputError(f"alpha came as {config.alpha}, wanted 0 to 1, the share of cross-entropy: change --alpha")
+    if config.loss == "forward_kl" and config.cache is None:
+        raise InputError("loss forward_kl needs cached targets: give --cache, or choose --loss ce or full_kd")
+    if config.cache is None and tokens_SL1 is None:
+        raise InputError(f"loss {config.loss} came without text: give --cache, whose token sequences it can use")
+    if config.cache is not None and tokens_SL1 is not None:
+        raise InputError("both a cache and tokens were given, and each says what the student reads: give one of them")
+    if config.loss == "full_kd" and config.teacher is None:
+        raise InputError("loss full_kd runs the teacher beside the student: give --teacher")
+    if config.loss != "full_kd" and config.teacher is not None:
+        raise InputError(f"loss {config.loss} asks no live teacher: drop --teacher, or choose --loss full_kd")
+    if config.loss == "ce" and config.alpha != 0.0:
+        raise InputError("alpha mixes cross-entropy into a KL, and loss ce has none: drop --alpha")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch_size < config.grad_accumulation * ranks:
+        raise InputError(
+            f"batch_size is {config.batch_size} sequences, fewer than the {config.grad_accumulation * ranks} parts it is cut "
+            "in (grad_accumulation times processes): raise --batch-size or lower --grad-accumulation"
+        )
+
+
+def _missing(config: TrainConfig, cache: Cache | None) -> MissingMass:
+    kind = None if cache is None or config.loss != "forward_kl" else cache.manifest.sampler.kind
+    if kind in PARTIAL_KINDS:
+        if config.missing is None:
+            raise InputError(
+                f"a {kind} cache keeps less than the teacher's whole mass, and what becomes of the rest changes the student: "
+                "name it with --missing truncate, renormalise_teacher, renormalise_both or tail_bucket"
+            )
+        return config.missing
+    if config.missing is not None:
+        what = f"the targets of a {kind} cache sum to one" if kind else f"loss {config.loss} reads no cached targets"
+        raise InputError(f"missing came as {config.missing}, but {what}: drop --missing")
+    return "truncate"
+
+
+def _check_vocabulary(
+    student: ModelInfo, teacher: ModelInfo | None, cache: Cache | None, tokens_SL1: npt.NDArray[np.integer] | None
+) -> int:
+    if teacher is not None and cache is not None and teacher.vocab_size != cache.manifest.teacher.vocab_size:
+        raise InputError(
+            f"teacher {teacher.name} has a vocabulary of {teacher.vocab_size}, that of the cache's teacher has "
+            f"{cache.manifest.teacher.vocab_size}: give the teacher the cache was made with"
+        )
+    asked = [m for m in (None if cache is None else cache.manifest.vocab_size, teacher and teacher.vocab_size) if m]
+    vocab_size = asked[0] if asked else student.vocab_size
+    if student.vocab_size < vocab_size:
+        raise InputError(
+            f"student {student.name} has a vocabulary of {student.vocab_size}, the teacher's is {vocab_size}: give a student "
+            "with the teacher's tokenizer and at least its vocabulary"
+        )
+    if tokens_SL1 is not None and not 0 <= int(tokens_SL1.min()) <= int(tokens_SL1.max()) < vocab_size:
+        raise InputError(
+            f"token ids run from {tokens_SL1.min()} to {tokens_SL1.max()}, wanted 0 to {vocab_size - 1}, the vocabulary of the "
+            "models: cut the text with their tokenizer"
+        )
+    return vocab_size
+
+
+def _tokenizer(config: TrainConfig, cache: Cache | None, student: ModelInfo, teacher: ModelInfo | None) -> Path | None:
+    at_cache = None if cache is None else find_tokenizer(cache.path / "tokenizer")
+    at_student, at_teacher = (None if m is None else find_tokenizer(Path(m.name)) for m in (student, teacher))
+    check_tokenizers(at_student, at_cache, roles=("student", "cache"))
+    check_tokenizers(at_student, at_teacher, roles=("student", "teacher"))
+    check_tokenizers(at_teacher, at_cache, roles=("teacher", "cache"))
+    return at_cache or at_student or at_teacher
+
+
+def _resolve(config: TrainConfig, sequences: int) -> TrainConfig:
+    steps = config.steps if config.steps is not None else int(config.epochs * sequences / config.batch_size + 1e-9)
+    if steps < 1:
+        raise InputError(
+            f"{config.epochs} epochs of {sequences} sequences do not fill one batch of {config.batch_size}: lower --batch-size, "
+            "or say how many --steps"
+        )
+    dtype = config.dtype
+    if dtype == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = "bfloat16" if fast_bfloat16(device) else "float32"
+    decay = config.weight_decay if config.weight_decay is not None else DEFAULT_WEIGHT_DECAY[config.optimizer]
+    settled = {"steps": steps, "dtype": dtype, "weight_decay": decay, "lr": config.lr or DEFAULT_LR[config.optimizer]}
+    return config.model_copy(update=settled)

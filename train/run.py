@@ -1,0 +1,188 @@
+"""`train_student`: one run from settings to a saved student; the same call again goes on, or finds it finished."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from stillroom.train.card import model_card
+from stillroom.train.config import TrainConfig
+from stillroom.train.folder import RunFolder, step_of
+from stillroom.train.loss import LiveTeacher, Objective
+from stillroom.train.plan import Plan, make_plan
+from stillroom.train.student import copy_tokenizer, load_model, quiet
+from stillroom.train.trainer import Progress, StillroomTrainer
+
+LIBRARIES: Final = ("stillroom", "torch", "transformers", "accelerate", "tokenizers", "numpy")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run did.
+
+    Attributes:
+        out: folder of the student.
+        steps: optimizer steps.
+        tokens: rows the student was trained on, over the whole run.
+        loss: mean over the last logged steps, nats per row.
+        seconds: wall time of the steps, over all attempts.
+        tokens_per_s: tokens / seconds.
+        already_done: True when the run was found finished and nothing was done.
+        notes: sentences worth showing: a padded vocabulary, a missing tokenizer, a broken checkpoint passed over.
+    """
+
+    out: Path
+    steps: int
+    tokens: int
+    loss: float
+    seconds: float
+    tokens_per_s: float
+    already_done: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def train_student(
+    config: TrainConfig,
+    *,
+    tokens_SL1: npt.NDArray[np.integer] | None = None,
+    on_progress: Progress = lambda done, total, metrics: None,
+) -> TrainResult:
+    """Train a student, or go on with an interrupted run, and save it in `config.out`.
+
+    On one CPU process a run that was killed and resumed ends in the same bytes as one that was not.
+
+    Args:
+        config: settings.
+        tokens_SL1: `[S, L+1]` token ids, for `ce` and `full_kd` without a cache.
+        on_progress: told (steps done, steps in all, last logged metrics) after every step.
+
+    Raises:
+        InputError: settings, student, teacher or text that cannot be used; nothing has been written then. Also a loss
+            that is not finite any more.
+        CacheError: a cache that cannot be read.
+    """
+    plan = make_plan(config, tokens_SL1)
+    folder = RunFolder(config.out)
+    identity = plan.identity()
+    if not folder.check(identity):
+        folder.create(_record(plan, identity))
+    elif not config.resume:
+        folder.restart()
+    elif (finished := folder.result()) is not None:
+        notes = tuple(finished.pop("notes"))
+        return TrainResult(out=config.out, **finished, already_done=True, notes=notes)
+
+    checkpoint, notes = _checkpoint(folder)
+    notes = plan.notes + notes
+    for note in notes:
+        logger.warning(note)
+    first_step = 0 if checkpoint is None else step_of(checkpoint)
+    model = load_model(plan.student, role="student", seed=config.seed)
+    with_cache = model.config.use_cache  # the Trainer switches it off, which is no property of the student
+    with quiet():
+        trainer = StillroomTrainer(
+            model=model,
+            config=plan.config,
+            source=plan.source,
+            objective=_objective(plan),
+            sequences=plan.sequences,
+            folder=folder,
+            first_step=first_step,
+            last_metrics=folder.cut_metrics(first_step),
+            on_progress=on_progress,
+        )
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    model.config.use_cache = with_cache
+    last = trainer.last_metrics
+    result = TrainResult(
+        out=config.out,
+        steps=last["step"],
+        tokens=last["tokens"],
+        loss=last["loss"],
+        seconds=last["seconds"],
+        tokens_per_s=last["tokens"] / last["seconds"],
+        notes=notes,
+    )
+    _save(model, plan, result, last)
+    kept = asdict(result)
+    del kept["out"], kept["already_done"]
+    folder.finish(kept)
+    return result
+
+
+def _checkpoint(folder: RunFolder) -> tuple[Path | None, tuple[str, ...]]:
+    """The checkpoint to go on from; broken newer ones are removed, and said to be."""
+    checkpoint, broken = folder.last_complete()
+    for path in broken:
+        shutil.rmtree(path)
+    where = "the beginning" if checkpoint is None else checkpoint.name
+    return checkpoint, tuple(f"{path.name} is incomplete and was removed: going on from {where}" for path in broken)
+
+
+def _objective(plan: Plan) -> Objective:
+    teacher = None
+    if plan.teacher is not None:
+        model = load_model(plan.teacher, role="teacher").eval().requires_grad_(False)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if plan.config.dtype == "bfloat16" else torch.float32
+        teacher = LiveTeacher(model, plan.vocab_size, dtype)
+    return Objective(
+        name=plan.config.loss,
+        vocab_size=plan.vocab_size,
+        alpha=plan.config.alpha,
+        missing=plan.missing,
+        teacher=teacher,
+    )
+
+
+def _record(plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "settings": identity,
+        "config": plan.config.model_dump(mode="json"),
+        "libraries": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _save(model: PreTrainedModel, plan: Plan, result: TrainResult, last: dict[str, Any]) -> None:
+    config = plan.config
+    with quiet():
+        model.save_pretrained(config.out)
+    if plan.tokenizer is not None:
+        copy_tokenizer(plan.tokenizer, config.out)
+    origin = {}
+    if plan.teacher is not None:
+        origin["teacher"] = f"`{config.teacher}`"
+    if plan.cache is not None:
+        made = plan.cache.manifest
+        origin["teacher"] = f"`{made.teacher.name}` (fingerprint `{made.teacher.fingerprint[:16]}`)"
+        origin["cache"] = f"fingerprint `{plan.source.fingerprint[:16]}`, {len(plan.cache):,} sequences"
+        origin["corpus"] = f"`{made.corpus.name}` (fingerprint `{made.corpus.fingerprint[:16]}`)"
+        if config.loss == "forward_kl":
+            origin["sampler"] = f"{made.sampler.kind}, N = {made.sampler.draws}"
+    shown = ("loss", "alpha", "missing", "optimizer", "lr", "batch_size", "steps", "schedule", "seed", "dtype")
+    card = model_card(
+        title=config.out.resolve().name,
+        settings={name: getattr(config, name) for name in shown},
+        origin=origin,
+        numbers={
+            "tokens": result.tokens,
+            "final training loss (nats)": result.loss,
+            "final cross-entropy (nats)": last["ce"],
+            "final KL term (nats)": last.get("kd"),
+        },
+    )
+    (config.out / "README.md").write_text(card, encoding="utf-8")
