@@ -196,13 +196,12 @@ class Cache:
             elif array.run in lengths:
                 chunk = chunk[: lengths[array.run]]
             raw[name] = chunk
-        code = reader.chunk("id_lo", within)[:entries].astype(np.int32)
+        code = reader.chunk("id_lo", within)[:entries].astype("<i4")
         if planes := id_high_bits(self.manifest.vocab_size):
-            packed = reader.chunk("id_hi", within)
-            for plane in range(planes):
-                bits = np.unpackbits(packed[plane], count=entries, bitorder="little").astype(np.int32)
-                bits <<= 16 + plane
-                code |= bits
+            bits_PE = np.unpackbits(reader.chunk("id_hi", within), axis=1, count=entries, bitorder="little")
+            for plane in range(1, planes):
+                bits_PE[0] |= bits_PE[plane] << plane
+            code.view(np.uint8)[2::4] = bits_PE[0]  # the third byte of every little-endian int32
         raw["id"] = code
         return raw
 

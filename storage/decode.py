@@ -84,8 +84,7 @@ def _count_heads(count_H: Array, n_R: npt.NDArray[np.int64], draws: int) -> npt.
     repeats_R[n_R == 0] = 0
     ended = repeats_R.nonzero()[0]
     due_R = repeats_R.cumsum()
-    used_H = count_H.cumsum(dtype=np.int64)
-    used_H -= np.arange(1, len(count_H) + 1)
+    used_H = (count_H - count_H.dtype.type(1)).cumsum(dtype=np.int64)
     total = int(due_R[-1]) if len(due_R) else 0
     wrong = DamagedError(f"the counts of a row do not sum to {draws}")
     if (len(n_R) and repeats_R.min() < 0) or total != (int(used_H[-1]) if len(used_H) else 0):

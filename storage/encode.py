@@ -61,7 +61,7 @@ class _Rows:
     def logp(self) -> npt.NDArray[np.float32]:
         if self.logp_E is None:
             raise ValueError(
-                f"targets came without logp, sampler {self.spec.kind} keeps it: sample with log-probabilities"
+                f"targets came without logp, sampler {self.spec.kind} keeps it and wanted it: sample with log-probabilities"
             )
         return self.logp_E
 

@@ -11,7 +11,7 @@ Shapes: `S` sequences of a shard, `L` rows of a sequence. A row has n entries: f
 
     random, systematic:
     count         [S, hcap]  u8 or u16   counts of the head = the entries drawn more than once; the tail was drawn once each
-    weight        [S, cap]   f32         only where exponent != 1 (else count / N)
+    weight        [S, cap]   f32         instead of count where exponent != 1; then all of the row is head
     logp          [S, cap]   u8          only where keep_logp is "all", or "head" (0 for p < 1/N)
     threshold:
     n_head        [S, L]     u8 or u16   entries of the head = p >= 1/N
@@ -34,7 +34,7 @@ Stock zarr and numpy read it, here the ids and weights of sequence i of a `rando
     code = group["id_lo"][i][: stop[-1]].astype(int)
     for b in range(group["id_hi"].shape[1]):
         code += np.unpackbits(group["id_hi"][i, b], bitorder="little")[: stop[-1]].astype(int) << (16 + b)
-    head = np.diff(np.searchsorted((count - 1).cumsum(), (N - n).cumsum(), side="right"), prepend=0)
+    head = np.diff(np.searchsorted((count - 1).cumsum(), ((N - n) * (n > 0)).cumsum(), side="right"), prepend=0)
     for start, h, end in zip(stop - n, head, stop):
         weights = np.r_[count[:h], np.ones(end - start - h)] / N
         ids, count = np.r_[code[start : start + h], code[start + h : end].cumsum()], count[h:]
@@ -122,7 +122,12 @@ def arrays_of(manifest: Manifest) -> tuple[ArraySpec, ...]:
         ("id_hi", np.uint8, "entry", high_bits > 0),
         ("label_logp", np.uint16, "row", True),
         ("entropy", np.uint8, "row", True),
-        ("count", np.uint8 if spec.draws <= 255 else np.uint16, "head", spec.kind in COUNT_KINDS),
+        (
+            "count",
+            np.uint8 if spec.draws <= 255 else np.uint16,
+            "head",
+            spec.kind in COUNT_KINDS and spec.exponent == 1.0,
+        ),
         ("weight", np.float32, "entry", spec.exponent != 1.0),
         ("n_head", small, "row", spec.kind == "threshold"),
         ("logp_head", np.uint8, "head", spec.kind == "threshold"),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from stillroom.storage.errors import FormatError, InputError
 
@@ -63,8 +62,7 @@ def load_file(path: Path) -> dict[str, Any]:
 def from_json(cls: type[T], data: Any, where: str) -> T:
     """Build the dataclass `cls` from a JSON object: every field there, none besides, each of the annotated type.
 
-    Fields may be int, float, str, None, unions of these, other dataclasses, `dict[str, X]`, `tuple[X, ...]`, or classes with a
-    `from_json` of their own.
+    Fields may be int, float, str, literal words, None, unions of these, other dataclasses, `dict[str, X]` or `tuple[X, ...]`.
 
     Raises:
         FormatError: a key is unknown, missing or of another type, or the class refuses a value.
@@ -95,9 +93,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in options:
             return None
         return _convert(next(option for option in options if option is not type(None)), value, where)
-    own: Callable[[Any], Any] | None = getattr(hint, "from_json", None)
-    if own is not None and isinstance(value, dict):
-        return own(value)
+    if origin is Literal:  # which of the words is right is the class's to say
+        return _convert(str, value, where)
     if isinstance(hint, type) and is_dataclass(hint):
         return from_json(hint, value, where)
     # bool is an int to Python, never to a file of ours

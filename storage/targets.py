@@ -54,7 +54,7 @@ class SparseTargets:
                     f"`{name}` came as {array.dtype}{list(array.shape)}, wanted {np.dtype(dtype)}[{size}]: "
                     "build it with that dtype and length"
                 )
-        if self.offsets[0] != 0 or self.offsets[-1] != entries or np.any(np.diff(self.offsets) < 0):
+        if self.offsets[0] != 0 or self.offsets[-1] != entries or np.any(self.offsets[1:] < self.offsets[:-1]):
             raise ValueError(f"`offsets` must start at 0, never decrease and end at the {entries} entries of `ids`")
 
     @property

@@ -18,7 +18,9 @@ from stillroom.storage.targets import SparseTargets
 from stillroom.storage.writer import CacheWriter
 
 
-def manifest(spec: SamplerSpec, *, vocab_size=300, seq_len=16, sequences=6, sequences_per_shard=3, **changes) -> Manifest:
+def manifest(
+    spec: SamplerSpec, *, vocab_size=300, seq_len=16, sequences=6, sequences_per_shard=3, **changes
+) -> Manifest:
     values = {
         "teacher": TeacherInfo(
             name="toy", revision=None, fingerprint="sha256:1", vocab_size=vocab_size, dtype="float32"

@@ -20,9 +20,13 @@ def main(folder: Path) -> None:
     for spec in (SamplerSpec(draws=20), SamplerSpec(kind="random", draws=12, keep_logp="none")):
         root = folder / spec.kind
         root.mkdir(parents=True)
-        made.write(root / "cache", made.manifest(spec, vocab_size=70_000, seq_len=8, sequences=2, sequences_per_shard=2))
+        made.write(
+            root / "cache", made.manifest(spec, vocab_size=70_000, seq_len=8, sequences=2, sequences_per_shard=2)
+        )
         tokens, targets = open_cache(root / "cache").read([0, 1])
-        fields = {name: getattr(targets, name) for name in ("offsets", "ids", "weights", "label_logp", "entropy", "logp")}
+        fields = {
+            name: getattr(targets, name) for name in ("offsets", "ids", "weights", "label_logp", "entropy", "logp")
+        }
         expected = {"tokens": tokens.tolist()} | {k: None if v is None else v.tolist() for k, v in fields.items()}
         (root / "expected.json").write_text(json.dumps(expected) + "\n")
 

@@ -25,7 +25,10 @@ WORKER = Path(__file__).with_name("made.py")
 
 def worker(root, pause_s=0.0) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(WORKER), str(root), str(pause_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(WORKER), str(root), str(pause_s)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

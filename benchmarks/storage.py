@@ -1,0 +1,165 @@
+"""Bytes per row by array, and the rates of writing and reading: `python -m benchmarks.storage`.
+
+Shapes: `S` sequences, `L` rows of a sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import interleaved, save, table
+from benchmarks.synthetic import SyntheticTeacher
+from stillroom.storage.cache import open_cache
+from stillroom.storage.manifest import CorpusInfo, Manifest, PackingInfo, TeacherInfo, TokenizerInfo
+from stillroom.storage.spec import SamplerSpec
+from stillroom.storage.targets import SparseTargets
+from stillroom.storage.writer import CacheWriter
+
+VOCAB_SIZE, SEQ_LEN, ENTRIES_PER_ROW, BATCH = 128_256, 2048, 12.25, 16
+ENTRY_ARRAYS = {"id_lo", "id_hi", "count", "logp_head", "logp_tail"}
+# (name, sampler, most bytes per row at 12.25 entries). Threshold keeps more entries than random at one N: 43 draws match.
+CASES = (
+    ("random", SamplerSpec(kind="random", draws=50, keep_logp="none"), 27.0),
+    ("threshold, every log p", SamplerSpec(draws=43, keep_logp="all"), 34.0),
+    ("threshold, head's log p", SamplerSpec(draws=43, keep_logp="head"), 30.0),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--sequences", type=int, default=96, help="sequences of 2,048 rows per case (default %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed repeats, median kept (default %(default)s)")
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, spec, limit) in enumerate(CASES):
+            root = Path(folder) / str(number)
+            figures[name] = measure(root, spec, arguments.sequences, arguments.repeats) | {"limit_bytes_per_row": limit}
+    command = f"python -m benchmarks.storage --sequences {arguments.sequences} --repeats {arguments.repeats}"
+    save(
+        "storage", "Storage: bytes per row, write and read rates", command, figures, page(figures, arguments.sequences)
+    )
+    for name, figure in figures.items():
+        if figure["bytes_per_row_at_12.25_entries"] > figure["limit_bytes_per_row"]:
+            raise SystemExit(f"{name}: more bytes per row than the format promises")
+
+
+def measure(root: Path, spec: SamplerSpec, sequences: int, repeats: int) -> dict[str, Any]:
+    """Write one shard of synthetic rows, weigh it, and time writing and reading it in CPU seconds of the process."""
+    tokens_SL1, targets = SyntheticTeacher(VOCAB_SIZE).sequences(spec, sequences, SEQ_LEN)
+    manifest = Manifest(
+        teacher=TeacherInfo(name="synthetic", revision=None, fingerprint="-", vocab_size=VOCAB_SIZE, dtype="float32"),
+        tokenizer=TokenizerInfo(fingerprint="-", vocab_size=VOCAB_SIZE),
+        corpus=CorpusInfo(name="synthetic", fingerprint="-", documents=sequences, tokens=tokens_SL1.size),
+        packing=PackingInfo(seq_len=SEQ_LEN),
+        sampler=spec,
+        vocab_size=VOCAB_SIZE,
+        sequences=sequences,
+        sequences_per_shard=sequences,
+    )
+    rows = sequences * SEQ_LEN
+    rounding_R3 = np.random.default_rng(1).random((rows, 3))
+    start = time.process_time()
+    CacheWriter(root, manifest).write_shard(0, tokens_SL1, targets, rounding_R3)
+    write_s = time.process_time() - start
+
+    cache = open_cache(root)
+    sizes = {name: size / rows for name, size in cache.bytes_by_array().items()}
+    per_row = targets.entries / rows
+    by_entries = sum(size for name, size in sizes.items() if name in ENTRY_ARRAYS)
+    order = np.random.default_rng(2).permutation(sequences)
+    weights_only, plain = open_cache(root, logp=False), open_cache(root, reader="zarr")
+    some = order[: max(1, sequences // 8)]  # zarr-python is slow; the rate is per row
+    work: dict[str, tuple[Callable[[], object], int]] = {
+        "np.memmap of plain arrays": (memmap_reader(root / "plain", targets, order), rows),
+        "direct, ids and weights": (batches(weights_only.read, order), rows),
+        "direct, log p too": (batches(cache.read, order), rows),
+        "zarr-python": (batches(plain.read, some), len(some) * SEQ_LEN),
+    }
+    seconds = interleaved({name: function for name, (function, _) in work.items()}, repeats, time.process_time)
+    return {
+        "entries_per_row": per_row,
+        "bytes_per_row_by_array": sizes,
+        "bytes_per_row": sum(sizes.values()),
+        "bytes_per_row_at_12.25_entries": sum(sizes.values()) + by_entries * (ENTRIES_PER_ROW / per_row - 1),
+        "write_rows_per_cpu_s": rows / write_s,
+        "random_read_rows_per_cpu_s": {name: work[name][1] / seconds[name] for name in work},
+    }
+
+
+def batches(read: Callable[[Any], object], order: np.ndarray) -> Callable[[], None]:
+    """Reads all sequences in shuffled order, `BATCH` at a time."""
+
+    def run() -> None:
+        for start in range(0, len(order), BATCH):
+            read(order[start : start + BATCH])
+
+    return run
+
+
+def memmap_reader(folder: Path, targets: SparseTargets, order: np.ndarray) -> Callable[[], None]:
+    """The limit: ids and weights as plain files, each sequence copied out of a memory map."""
+    folder.mkdir()
+    maps = []
+    for name, array in (("ids", targets.ids), ("weights", targets.weights), ("offsets", targets.offsets)):
+        np.save(folder / f"{name}.npy", array)
+        maps.append(np.load(folder / f"{name}.npy", mmap_mode="r"))
+    ids, weights, offsets = maps
+
+    def run() -> None:
+        for sequence in order:
+            rows = np.array(offsets[sequence * SEQ_LEN : (sequence + 1) * SEQ_LEN + 1])
+            np.array(ids[rows[0] : rows[-1]])
+            np.array(weights[rows[0] : rows[-1]])
+
+    return run
+
+
+def page(figures: dict[str, Any], sequences: int) -> str:
+    """The Markdown body."""
+    names = list(figures)
+    arrays = list(dict.fromkeys(name for figure in figures.values() for name in figure["bytes_per_row_by_array"]))
+    size_rows: list[list[str]] = [
+        [array, *(f"{figures[n]['bytes_per_row_by_array'].get(array, 0):.2f}" for n in names)] for array in arrays
+    ]
+    for label, key in (
+        ("**all**", "bytes_per_row"),
+        ("entries per row", "entries_per_row"),
+        ("**all, at 12.25 entries**", "bytes_per_row_at_12.25_entries"),
+        ("limit", "limit_bytes_per_row"),
+    ):
+        size_rows.append([label, *(f"{figures[n][key]:.2f}" for n in names)])
+    readers = list(figures[names[0]]["random_read_rows_per_cpu_s"])
+    rate_rows = [
+        ["write (encode, zstd, SHA-256, fsync)", *(f"{figures[n]['write_rows_per_cpu_s'] / 1e6:.2f}" for n in names)]
+    ]
+    rate_rows += [
+        [f"read, {r}", *(f"{figures[n]['random_read_rows_per_cpu_s'][r] / 1e6:.2f}" for n in names)] for r in readers
+    ]
+    return f"""
+Synthetic teacher rows (`benchmarks/synthetic.py`), {sequences} sequences of {SEQ_LEN:,} rows, vocabulary {VOCAB_SIZE:,},
+one shard; `random` with 50 draws, `threshold` with 43, which keeps about as many entries. Bytes per row, everything on
+disk counted:
+
+{table(["array", *names], size_rows)}
+
+The last line but one scales the ids and their codes to 12.25 entries per row.
+
+Millions of rows per CPU second of the whole process (user and system), sequences in random order, {BATCH} a call, files in
+memory; medians of interleaved repeats. The memory map copies plain ids, weights and offsets and decodes nothing.
+
+{table(["", *names], rate_rows)}
+"""
+
+
+if __name__ == "__main__":
+    main()
