@@ -21,10 +21,13 @@ def model_card(
     table = "\n".join(
         f"| {name} | {_shown(value)} |" for name, value in {**settings, **numbers}.items() if value is not None
     )
+    tags = "\n".join(
+        f"- {tag}" for tag in ("stillroom", "distillation") if tag == "stillroom" or settings["loss"] != "ce"
+    )
     return f"""---
 library_name: transformers
 tags:
-- distillation
+{tags}
 ---
 
 # {title}

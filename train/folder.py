@@ -44,7 +44,7 @@ class RunFolder:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return False
         try:
-            kept = json.loads((self.path / RUN).read_text())["settings"]
+            kept = dict(json.loads((self.path / RUN).read_text())["settings"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.path} exists and is no Stillroom run: choose another --out or empty it") from error
         names = [k for k in (*identity, *kept) if kept.get(k) != identity.get(k)]

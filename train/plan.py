@@ -23,7 +23,15 @@ from stillroom.train.student import ModelInfo, check_length, check_tokenizers, f
 DEFAULT_LR: Final = {"adamw": 1e-3, "muon": 0.02}
 DEFAULT_WEIGHT_DECAY: Final = {"adamw": 0.1, "muon": 0.05}
 PARTIAL_KINDS: Final = ("top_k", "top_p")  # their targets do not sum to one
-NOT_IDENTITY: Final = {"out", "cache", "resume", "save_every", "log_every"}  # change where and how, not what
+NOT_IDENTITY: Final = {
+    "out",
+    "cache",
+    "epochs",
+    "max_sequences",
+    "resume",
+    "save_every",
+    "log_every",
+}  # change where and how, not what
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,7 @@ class Plan:
         return {
             **self.config.model_dump(mode="json", exclude=NOT_IDENTITY),
             "data": self.source.fingerprint,
+            "sequences": self.sequences,
             "student_config": digest,
         }
 

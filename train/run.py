@@ -77,27 +77,29 @@ def train_student(
     plan = make_plan(config, tokens_SL1)
     folder = RunFolder(config.out)
     identity = plan.identity()
-    if not folder.check(identity):
+    begun = folder.check(identity)
+    if begun and config.resume and (finished := folder.result()) is not None:
+        notes = tuple(finished.pop("notes"))
+        return TrainResult(out=config.out, **finished, already_done=True, notes=notes)
+    model = load_model(plan.student, role="student", seed=config.seed)
+    objective = _objective(plan)
+    if not begun:
         folder.create(_record(plan, identity))
     elif not config.resume:
         folder.restart()
-    elif (finished := folder.result()) is not None:
-        notes = tuple(finished.pop("notes"))
-        return TrainResult(out=config.out, **finished, already_done=True, notes=notes)
 
     checkpoint, notes = _checkpoint(folder)
     notes = plan.notes + notes
     for note in notes:
         logger.warning(note)
     first_step = 0 if checkpoint is None else step_of(checkpoint)
-    model = load_model(plan.student, role="student", seed=config.seed)
     with_cache = model.config.use_cache  # the Trainer switches it off, which is no property of the student
     with quiet():
         trainer = StillroomTrainer(
             model=model,
             config=plan.config,
             source=plan.source,
-            objective=_objective(plan),
+            objective=objective,
             sequences=plan.sequences,
             folder=folder,
             first_step=first_step,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -105,17 +106,24 @@ def load_model(model: ModelInfo, *, role: str, seed: int = 0) -> PreTrainedModel
     """The model in float32: its weights, or random ones from `seed` where there is only a configuration.
 
     Raises:
-        InputError: weights that cannot be read.
+        InputError: weights that cannot be read, or not all there.
     """
     with quiet():
         if not model.has_weights:
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, trust_remote_code=False)
         try:
-            return AutoModelForCausalLM.from_pretrained(model.name, dtype=torch.float32, trust_remote_code=False)
-        except (OSError, ValueError, RuntimeError) as error:
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                model.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{role} {model.name} has weights that cannot be loaded ({reason})") from error
+    if absent := sorted(report["missing_keys"]):  # the library fills them with random numbers and a log line
+        raise InputError(
+            f"{role} {model.name} lacks {len(absent)} of its weights ({absent[0]} first): give a whole checkpoint"
+        )
+    return loaded
 
 
 def find_tokenizer(*folders: Path | None) -> Path | None:
