@@ -9,7 +9,6 @@ Shapes: `B` sequences, `L` positions, `N` = B * L rows, `S` sequences of the sou
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, final
@@ -23,7 +22,6 @@ from stillroom.kernels.targets import SparseTargets
 from stillroom.storage import targets as storage_targets
 from stillroom.storage.cache import Cache
 from stillroom.storage.errors import InputError
-from stillroom.storage.manifest import Manifest
 from stillroom.storage.order import permute
 
 IGNORED = -100  # label of a row outside the loss mask
@@ -91,11 +89,7 @@ class CacheDataset(Dataset[Batch]):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the manifest's identity fields."""
-        manifest = self.cache.manifest.to_json()
-        for place in Manifest.NOT_IDENTITY:
-            *parents, name = place.split(".")
-            (manifest[parents[0]] if parents else manifest).pop(name)
-        return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        return self.cache.manifest.identity
 
     def __len__(self) -> int:
         return len(self.cache)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from stillroom.storage.errors import InputError
 from stillroom.train.data import TokenDataset
+from stillroom.train.dense_kd import LOWEST_LOGP
 from stillroom.train.loss import LiveTeacher
 from stillroom.train.student import (
     ModelInfo,
@@ -135,13 +136,12 @@ class _Counts:
         self._sums[0] -= _total(logq_NV.gather(-1, label_N[:, None]))
         if teacher_NV is None:
             return
-        logp_NV = functional.log_softmax(teacher_NV, dim=-1, dtype=torch.float32)
+        logp_NV = functional.log_softmax(teacher_NV, dim=-1, dtype=torch.float32).clamp_(min=LOWEST_LOGP)
         p_NV = logp_NV.exp()
         self._sums[4] -= _total(logp_NV.gather(-1, label_N[:, None]))
         self._sums[2] += _total(logp_NV.argmax(-1) == guess_N)
         self._sums[3] += _total(torch.minimum(p_NV, logq_NV.exp()).sum(-1))
-        difference_NV = torch.where(p_NV > 0, logp_NV - logq_NV, 0.0)
-        self._sums[1] += _total((p_NV * difference_NV).sum(-1))
+        self._sums[1] += _total(torch.linalg.vecdot(p_NV, logp_NV.sub_(logq_NV.clamp_(min=LOWEST_LOGP))))
 
     def evaluation(self, *, with_teacher: bool) -> Evaluation:
         lm_loss, kl, agreement, acceptance, teacher_lm_loss = (float(s) for s in self._sums / self._rows)

@@ -41,8 +41,10 @@ class RunFolder:
         Raises:
             InputError: the path holds something else, or a run with other settings.
         """
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not self.path.exists():
             return False
+        if self.path.is_dir() and all(file == _part(self.path / RUN) for file in self.path.iterdir()):
+            return False  # empty, or killed while `create` wrote its only file
         try:
             kept = dict(json.loads((self.path / RUN).read_text())["settings"])
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -133,9 +135,13 @@ def is_complete(checkpoint: Path) -> bool:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a JSON file under a temporary name and rename it: it is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     with part.open("w") as file:
         file.write(json.dumps(record, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")

@@ -74,9 +74,8 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
         self.remove_callback(PrinterCallback)
         # Our loss is a mean over the whole step already, so the Trainer must not divide it by the number of parts.
         self.model_accepts_loss_kwargs = True
-        self._terms = torch.zeros(
-            2, device=self.args.device
-        )  # kd and ce since the last log: no synchronisation per step
+        # kd and ce since the last log, kept on the device so that a step does not wait for it
+        self._terms = torch.zeros(2, device=self.args.device)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of this process, from `first_step` on."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,9 @@ def test_finished_runs_are_left_and_others_refused(
     assert again.already_done
     assert (again.steps, again.tokens, again.loss) == (first.steps, first.tokens, first.loss)
     assert {p: p.stat().st_mtime_ns for p in config.out.rglob("*")} == before
+    moved = tmp_path / "moved"
+    shutil.copytree(cache, moved)
+    assert train_student(config.model_copy(update={"cache": moved})).already_done
     with pytest.raises(InputError, match=r"other settings \(lr is 0.5, was 0.01\)"):
         train_student(config.model_copy(update={"lr": 0.5}))
     with pytest.raises(InputError, match="steps is 4, was 3"):
@@ -196,12 +200,24 @@ def test_finished_runs_are_left_and_others_refused(
     assert record["libraries"]["torch"] == torch.__version__
 
 
+def test_a_run_killed_before_its_last_word_only_saves_again(settings: Settings, cache: Path) -> None:
+    config = settings(cache=cache, steps=4, save_every=3)
+    first = train_student(config)
+    before = _weights(config.out)
+    for name in ("result.json", "model.safetensors"):
+        (config.out / name).unlink()
+    steps: list[int] = []
+    again = train_student(config, on_progress=lambda done, total, metrics: steps.append(done))
+    assert steps == []
+    assert not again.already_done
+    assert (again.steps, again.loss, again.seconds) == (first.steps, first.loss, first.seconds)
+    assert all(np.array_equal(before[k], w) for k, w in _weights(config.out).items())
+
+
 def test_the_student_opens_without_stillroom(
     settings: Settings, make_cache: Maker, teacher_folder: Path, student_config: Path, tmp_path: Path
 ) -> None:
     """V = 300 student with the tokenizer the cache carries, opened by a Python that never imports us."""
-    import shutil
-
     cache = make_cache()
     (cache / "tokenizer").mkdir()
     for file in ("tokenizer.json", "tokenizer_config.json"):
