@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stillroom.storage.cache import open_cache
-from stillroom.train.evaluate import evaluate
-from stillroom.train.run import train_student
 
 from benchmarks import report
-from stillroom.demo import EMBEDDING_LR, MATRIX_LR, SEQ_LEN, model_config, standard_library_text, teacher_config
+from stillroom.demo import SEQ_LEN, model_config, standard_library_text, teacher_config, training
 from stillroom.pipeline.config import CacheConfig, CorpusConfig, TeacherConfig
 from stillroom.pipeline.packing import pack
 from stillroom.pipeline.run import build_cache, sample_sequences
 from stillroom.pipeline.teacher import Teacher, load_tokenizer
+from stillroom.storage.cache import open_cache
 from stillroom.storage.spec import SamplerSpec
-from stillroom.train.config import TrainConfig
+from stillroom.train.evaluate import evaluate
+from stillroom.train.run import train_student
 
 SEEDS = (0, 1)
 HELD_OUT_SEQUENCES = 192
@@ -93,9 +92,8 @@ def run(out: Path, tokens: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(str(config))
     corpus = CorpusConfig(data=str(text), seq_len=SEQ_LEN, max_sequences=tokens // SEQ_LEN)
     packed = pack(corpus, tokenizer)
-    common = dict(optimizer="muon", lr=MATRIX_LR, embedding_lr=EMBEDDING_LR, batch_size=8, schedule="linear")
     train_student(
-        TrainConfig(student=str(config), out=teacher_folder, loss="ce", **common), tokens_SL1=packed.tokens_SL1,
+        training(student=str(config), out=teacher_folder, loss="ce"), tokens_SL1=packed.tokens_SL1,
         on_progress=say("teacher"),
     )  # fmt: skip
     tokenizer.save_pretrained(teacher_folder)
@@ -132,9 +130,9 @@ def run(out: Path, tokens: int) -> dict[str, Any]:
         for seed in SEEDS:
             folder = out / "students" / f"{arm.folder}-{seed}"
             result = train_student(
-                TrainConfig(
+                training(
                     cache=any_cache, student=str(student), out=folder, loss=arm.loss, missing=arm.missing, seed=seed,
-                    teacher=str(teacher_folder) if arm.loss == "full_kd" else None, **common,
+                    teacher=str(teacher_folder) if arm.loss == "full_kd" else None,
                 ),
                 on_progress=say(f"{arm.name} seed {seed}"),
             )  # fmt: skip

@@ -134,10 +134,13 @@ def train(config: TrainConfig, as_json: bool) -> TrainResult:
 
     with Reporter() as report:
         result = train_student(config, on_progress=lambda done, total, note: report("train", done, total, _note(note)))
+    for note in result.notes:
+        say(note)
     if result.already_done:
         say(f"run {result.out} is finished ({result.steps} steps): nothing to do")
     if not as_json:
-        show_pairs(f"student {result.out}", [(k, v) for k, v in asdict(result).items() if k != "out"])
+        shown = ("steps", "tokens", "loss", "seconds", "tokens_per_s")
+        show_pairs(f"student {result.out}", [(name, _number(getattr(result, name))) for name in shown])
     return result
 
 

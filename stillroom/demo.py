@@ -12,10 +12,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from stillroom.console import say, show_table
 from stillroom.storage.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from stillroom.train.config import TrainConfig
 
 VOCAB_SIZE: Final = 4096
 SEQ_LEN: Final = 256
@@ -84,7 +90,6 @@ def run_demo(out: Path, *, tokens: int, seed: int, report: Report) -> DemoResult
         report: told (stage, done, total, note).
     """
     seconds: dict[str, float] = {}
-    sequences = tokens // SEQ_LEN
     with _Timed(seconds, "text and tokenizer"):
         text, held_out = standard_library_text(out / "text")
         config, teacher = teacher_config(out, text), out / "teacher"
@@ -93,31 +98,17 @@ def run_demo(out: Path, *, tokens: int, seed: int, report: Report) -> DemoResult
     from stillroom.pipeline.run import build_cache
     from stillroom.pipeline.teacher import load_tokenizer
     from stillroom.storage.cache import open_cache
-    from stillroom.train.config import TrainConfig
-    from stillroom.train.evaluate import evaluate
     from stillroom.train.run import train_student
 
-    def fit(stage: str, **settings: Any) -> Any:
-        config = TrainConfig(
-            optimizer="muon",
-            lr=MATRIX_LR,
-            embedding_lr=EMBEDDING_LR,
-            batch_size=8,
-            seed=seed,
-            schedule="linear",
-            **settings,
-        )
-        return lambda tokens_SL1=None: train_student(
-            config,
-            tokens_SL1=tokens_SL1,
-            on_progress=lambda done, total, note: report(stage, done, total, _note(note)),
-        )
-
-    corpus = CorpusConfig(data=str(text), seq_len=SEQ_LEN, max_sequences=sequences)
+    corpus = CorpusConfig(data=str(text), seq_len=SEQ_LEN, max_sequences=tokens // SEQ_LEN)
     tokenizer = load_tokenizer(str(config))
     with _Timed(seconds, "teacher"):
         packed = pack(corpus, tokenizer)
-        fit("teacher", student=str(config), out=teacher, loss="ce")(packed.tokens_SL1)
+        train_student(
+            training(student=str(config), out=teacher, loss="ce", seed=seed),
+            tokens_SL1=packed.tokens_SL1,
+            on_progress=_bar(report, "teacher"),
+        )
         tokenizer.save_pretrained(teacher)
     with _Timed(seconds, "cache"):
         settings = CacheConfig(
@@ -129,26 +120,14 @@ def run_demo(out: Path, *, tokens: int, seed: int, report: Report) -> DemoResult
     with _Timed(seconds, "audit"):
         audit = _audit(cache, teacher)
     say(audit)
-    student = model_config(out / "student-config", layers=2, hidden=128)
-    held_SL1 = pack(
-        CorpusConfig(data=str(held_out), seq_len=SEQ_LEN, max_sequences=HELD_OUT_SEQUENCES), tokenizer
-    ).tokens_SL1
-    arms: dict[str, dict[str, Any]] = {}
-    for name, (loss, folder) in ARMS.items():
-        with _Timed(seconds, name):
-            live = str(teacher) if loss == "full_kd" else None
-            fitted = fit(name, cache=out / "cache", student=str(student), out=out / folder, loss=loss, teacher=live)()
-        with _Timed(seconds, "evaluation"):
-            measured = evaluate(
-                out / folder, tokens_SL1=held_SL1, teacher=teacher,
-                on_progress=lambda done, total, name=name: report(f"evaluate: {name}", done, total, ""),
-            )  # fmt: skip
-        arms[name] = {**asdict(measured), "tokens_per_s": fitted.tokens_per_s}
+    held_corpus = CorpusConfig(data=str(held_out), seq_len=SEQ_LEN, max_sequences=HELD_OUT_SEQUENCES)
+    arms = _students(out, pack(held_corpus, tokenizer).tokens_SL1, seed, seconds, report)
     ce, cached, full = (arms[name]["kl"] for name in ARMS)
     arms["the teacher itself"] = {"lm_loss": arms["from the cache"]["teacher_lm_loss"]}
+    rows = len(cache) * SEQ_LEN
     result = DemoResult(
-        bytes_per_row=sum(cache.bytes_by_array().values()) / (len(cache) * SEQ_LEN),
-        entries_per_row=cache.entries / (len(cache) * SEQ_LEN),
+        bytes_per_row=sum(cache.bytes_by_array().values()) / rows,
+        entries_per_row=cache.entries / rows,
         audit=audit,
         arms=arms,
         gap_closed=(ce - cached) / (ce - full),
@@ -156,6 +135,39 @@ def run_demo(out: Path, *, tokens: int, seed: int, report: Report) -> DemoResult
     )
     (out / "results.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
     return result
+
+
+def training(**settings: Any) -> TrainConfig:
+    """Training settings of the demo's small models: Muon, because AdamW leaves so young a teacher behind its student."""
+    from stillroom.train.config import TrainConfig
+
+    return TrainConfig(
+        optimizer="muon", lr=MATRIX_LR, embedding_lr=EMBEDDING_LR, batch_size=8, schedule="linear", **settings
+    )
+
+
+def _students(
+    out: Path, held_SL1: npt.NDArray[np.uint32], seed: int, seconds: dict[str, float], report: Report
+) -> dict[str, dict[str, Any]]:
+    """Train and measure the student of every arm."""
+    from stillroom.train.evaluate import evaluate
+    from stillroom.train.run import train_student
+
+    student, teacher = model_config(out / "student-config", layers=2, hidden=128), out / "teacher"
+    arms = {}
+    for name, (loss, folder) in ARMS.items():
+        with _Timed(seconds, name):
+            config = training(
+                cache=out / "cache", student=str(student), out=out / folder, loss=loss, seed=seed,
+                teacher=str(teacher) if loss == "full_kd" else None,
+            )  # fmt: skip
+            trained = train_student(config, on_progress=_bar(report, name))
+        with _Timed(seconds, "evaluation"):
+            measured = evaluate(
+                out / folder, tokens_SL1=held_SL1, teacher=teacher, on_progress=_bar(report, f"evaluate: {name}")
+            )
+        arms[name] = {**asdict(measured), "tokens_per_s": trained.tokens_per_s}
+    return arms
 
 
 def standard_library_text(folder: Path) -> tuple[Path, Path]:
@@ -246,8 +258,13 @@ def _audit(cache: Any, teacher: Path) -> str:
     return str(audit_line(cache, Teacher(TeacherConfig(teacher=str(teacher)))))
 
 
-def _note(metrics: dict[str, Any]) -> str:
-    return f"loss {metrics['loss']:.3f}" if "loss" in metrics else ""
+def _bar(report: Report, stage: str) -> Callable[..., None]:
+    """`report` as the rooms call it: (done, total) or (done, total, metrics)."""
+
+    def show(done: int, total: int, metrics: dict[str, Any] | None = None) -> None:
+        report(stage, done, total, f"loss {metrics['loss']:.3f}" if metrics else "")
+
+    return show
 
 
 class _Timed:
