@@ -17,7 +17,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from stillroom.storage.writer import CacheWriter
 
 from stillroom.kernels import targets as torch_targets
 from stillroom.kernels.sample import sample, uniforms
@@ -28,6 +27,7 @@ from stillroom.storage.errors import InputError
 from stillroom.storage.manifest import CorpusInfo, Manifest, PackingInfo, TeacherInfo, TokenizerInfo
 from stillroom.storage.spec import SamplerSpec
 from stillroom.storage.targets import SparseTargets
+from stillroom.storage.writer import CacheWriter
 
 ROUNDING_STREAM: Final = 1  # stream 0 draws the targets; this one rounds them to codes
 ROUNDING_UNIFORMS: Final = 3
@@ -84,19 +84,20 @@ def build_cache(config: CacheConfig, *, on_progress: Progress = lambda stage, do
 
     before = writer.committed()
     start_s, done = time.perf_counter(), sum(_length(manifest, shard) for shard in before)
-    for shard in range(manifest.shards):
-        if shard in before:
-            continue
-        first, stop = manifest.shard_range(shard)
-        tokens_SL1 = corpus.tokens_SL1[first:stop]
-        parts = []
-        for begin in range(0, len(tokens_SL1), config.batch_size):
-            batch_BL1 = tokens_SL1[begin : begin + config.batch_size]
-            parts += sample_sequences(teacher, spec, batch_BL1, first + begin, batch_size=config.batch_size)
-            on_progress("cache", done + begin + len(batch_BL1), manifest.sequences)
-        rounding_R3 = _rounding(spec.seed, np.arange(first, stop), config.seq_len)
-        writer.write_shard(shard, tokens_SL1, SparseTargets.concat(parts), rounding_R3)
-        done += len(tokens_SL1)
+    with writer:  # encodes and flushes one shard while the teacher runs on the next
+        for shard in range(manifest.shards):
+            if shard in before:
+                continue
+            first, stop = manifest.shard_range(shard)
+            tokens_SL1 = corpus.tokens_SL1[first:stop]
+            parts = []
+            for begin in range(0, len(tokens_SL1), config.batch_size):
+                batch_BL1 = tokens_SL1[begin : begin + config.batch_size]
+                parts += sample_sequences(teacher, spec, batch_BL1, first + begin, batch_size=config.batch_size)
+                on_progress("cache", done + begin + len(batch_BL1), manifest.sequences)
+            rounding_R3 = _rounding(spec.seed, np.arange(first, stop), config.seq_len)
+            writer.submit(shard, tokens_SL1, SparseTargets.concat(parts), rounding_R3)
+            done += len(tokens_SL1)
     return CacheResult(
         out=config.out,
         sequences=manifest.sequences,

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a finding, 2 usage or input (one sentence on standard err
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ from importlib.metadata import version
 from typing import Any
 
 from stillroom.storage.errors import InputError, StillroomError
+
+DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,31 @@ VERBS = {
         "Say what made a cache, and what it holds: sequences, rows, entries, bytes by array, kept mass.",
         "  stillroom inspect cache/\n  stillroom inspect cache/ --json",
         positional="cache",
+    ),
+    "verify": Verb(
+        "stillroom.shelf:VerifyConfig",
+        "stillroom.shelf:verify",
+        "Check a cache: records, files, sizes, rows; say which shards are damaged and what to do (status 1: findings).",
+        "  stillroom verify cache/\n"
+        "  stillroom verify cache/ --hashes\n"
+        "  stillroom verify cache/ --sample 256\n"
+        "  stillroom verify cache/ --hashes --repair     then `stillroom cache` again: only what was dropped is redone",
+        positional="cache",
+    ),
+    "export": Verb(
+        "stillroom.shelf:ExportConfig",
+        "stillroom.shelf:export",
+        "Write a cache as Parquet, Arrow or a `datasets` folder, one row per sequence, for other tools and hubs.",
+        "  stillroom export cache/ --to parquet --out rows/       datasets.load_dataset('rows/')\n"
+        "  stillroom export cache/ --to datasets --out rows/      datasets.load_from_disk('rows/')",
+        positional="cache",
+    ),
+    "import": Verb(
+        "stillroom.shelf:ImportConfig",
+        "stillroom.shelf:import_",
+        "Make a cache from an export, every value checked, bit for bit the one it was.",
+        "  stillroom import rows/ --out cache/",
+        positional="folder",
     ),
     "train": Verb(
         "stillroom.train.config:TrainConfig",
@@ -76,6 +104,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except StillroomError as error:
         print(f"stillroom: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(
+            f"stillroom: the disk takes no more ({os.strerror(error.errno)}{where}); make room and run the same command again: "
+            "what was committed is kept",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(
@@ -114,7 +152,7 @@ def _dispatch(arguments: list[str]) -> int:
             dataclasses.asdict(result) if dataclasses.is_dataclass(result) and not isinstance(result, type) else result
         )
         print(json.dumps(plain, default=str))
-    return 0
+    return int(getattr(result, "exit_status", 0))
 
 
 def _load(where: str) -> Any:

@@ -9,7 +9,7 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from stillroom.storage.errors import InputError
 
 Model = TypeVar("Model", bound=BaseModel)
+_YES_NO: Final = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +48,7 @@ def parse(
         InputError: an unknown flag or key, a value that does not fit, a missing one.
     """
     parser = _parser(model, prog, summary, examples, positional)
-    given, stray = parser.parse_known_args(list(argv))
+    given, stray = parser.parse_known_args(_with_values(model, argv))
     if stray:
         raise InputError(unknown(stray[0], [_flag(name) for name in model.model_fields], f"option of {prog}"))
     flags = {name: value for name, value in vars(given).items() if value is not None}
@@ -116,6 +117,19 @@ def _parser(model: type[BaseModel], prog: str, summary: str, examples: str, posi
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
     parser.add_argument("--json", action="store_true", default=None, help="print the result as JSON on standard output")
     return parser
+
+
+def _with_values(model: type[BaseModel], argv: Sequence[str]) -> list[str]:
+    """A switch may stand alone: `--hashes` is `--hashes=true`, whatever follows it, unless that is a yes or a no."""
+    switches = {_flag(name) for name, field in model.model_fields.items() if field.annotation is bool}
+    switches |= {flag.replace("-", "_").replace("__", "--", 1) for flag in switches}
+    result: list[str] = []
+    for word in argv:
+        if result and result[-1] in switches and word.lower() in _YES_NO:
+            result[-1] += f"={word}"
+        else:
+            result.append(word)
+    return [f"{word}=true" if word in switches else word for word in result]
 
 
 def _metavar(field: FieldInfo) -> str:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple, get_args
+from typing import Any, Final, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from stillroom.storage.background import keep_scratch
 from stillroom.storage.commits import CommitRecord, committed, damaged, load_record
-from stillroom.storage.decode import decode_rows
+from stillroom.storage.decode import Room, decode_rows
 from stillroom.storage.errors import CacheError, DamagedError, InputError
-from stillroom.storage.layout import id_high_bits
+from stillroom.storage.gather import COLUMNS, Column, gather, needed
+from stillroom.storage.index import Index, read_index
+from stillroom.storage.layout import arrays_of, id_high_bits
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.readers import READERS, ReaderName, ShardReader
+from stillroom.storage.stream import StreamOrder
 from stillroom.storage.targets import SparseTargets
 
 _OPEN_SHARDS: Final = 24  # each keeps up to ten file maps
@@ -40,6 +44,16 @@ class SequenceBatch(NamedTuple):
     targets: SparseTargets
 
 
+class Follower(Protocol):
+    """Is told where a run stands in its order, and fetches ahead."""
+
+    def advance(self, position: int) -> None:
+        """The next sequence to be read is the one at `position`."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
 class Cache:
     """A cache open for reading; make one with `open_cache`.
 
@@ -50,14 +64,18 @@ class Cache:
         path: its directory.
         manifest: what made it.
         shards: indices of the shards at hand, ascending.
+        columns: what is read besides ids and weights.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, shards: list[int], reader: ReaderName, logp: bool) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, shards: list[int], reader: ReaderName, columns: Collection[Column]
+    ) -> None:
         self.path: Final = path
         self.manifest: Final = manifest
         self.shards: Final = tuple(shards)
         self._reader: Final = reader
-        self._logp: Final = logp
+        self.columns: Final = tuple(column for column in COLUMNS if column in columns)
+        self._names: Final = needed(arrays_of(manifest), self.columns)
         lengths = [stop - start for start, stop in map(manifest.shard_range, shards)]
         self._ends = np.cumsum(lengths, dtype=np.int64)
         self._records: dict[int, CommitRecord] = {}
@@ -87,16 +105,39 @@ class Cache:
             IndexError: there is no such sequence.
             DamagedError: a shard is damaged.
         """
+        keep_scratch()
         wanted = [int(index) for index in indices]
         step = max(1, _GROUP_ROWS // self.manifest.packing.seq_len)
-        parts = [self._read_group(wanted[i : i + step]) for i in range(0, len(wanted), step)]
+        # One pair of arrays for all groups; what is not used of them is never touched, so it costs no memory.
+        most = sum(self.record(self._locate(index)[0]).widths.entry for index in wanted)
+        room = Room(np.empty(most, np.int32), np.empty(most, np.float32))
+        parts: list[SequenceBatch] = []
+        used = 0
+        for i in range(0, len(wanted), step):
+            parts.append(self._read_group(wanted[i : i + step], Room(room.ids[used:], room.weights[used:])))
+            used += parts[-1].targets.entries
         if len(parts) == 1:
             return parts[0]
         if not parts:
             return SequenceBatch(np.zeros((0, self.manifest.packing.seq_len + 1), np.uint32), _no_targets())
         return SequenceBatch(
-            np.concatenate([part.tokens for part in parts]), SparseTargets.concat([part.targets for part in parts])
+            np.concatenate([part.tokens for part in parts]),
+            _joined([part.targets for part in parts], Room(room.ids[:used], room.weights[:used])),
         )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Sequences of each shard at hand: what a `StreamOrder` is made from."""
+        return tuple(np.diff(self._ends, prepend=0).tolist())
+
+    @property
+    def default_window(self) -> int | None:
+        """How many shards an order should mix at a time where nothing is said; None: all."""
+        return None
+
+    def follow(self, order: StreamOrder) -> Follower | None:
+        """Whom to tell the position of a run that reads in `order`, so that its shards are here in time; None: they are."""
+        return None
 
     def shard_of(self, index: int) -> int:
         """The shard that holds sequence `index`.
@@ -128,14 +169,19 @@ class Cache:
     def bytes_by_array(self) -> dict[str, int]:
         """Bytes on disk by array, from the commit records; `metadata` counts the zarr.json files."""
         sizes: defaultdict[str, int] = defaultdict(int)
-        for shard in self.shards:
-            for item in self.record(shard).objects:
-                sizes["metadata" if item.name.endswith("zarr.json") else item.name.split("/")[0]] += item.size_bytes
+        if (index := self._index_of_all()) is not None:
+            items = list(index.bytes_by_object().items())
+        else:
+            items = [(item.name, item.size_bytes) for shard in self.shards for item in self.record(shard).objects]
+        for name, size_bytes in items:
+            sizes["metadata" if name.endswith("zarr.json") else name.split("/")[0]] += size_bytes
         return dict(sizes)
 
     @property
     def entries(self) -> int:
         """Kept entries over all shards at hand, from the commit records."""
+        if (index := self._index_of_all()) is not None:
+            return index.entries
         return sum(self.record(shard).entries for shard in self.shards)
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -149,61 +195,55 @@ class Cache:
     def _shard(self, shard: int) -> ShardReader:
         reader = self._open.get(shard)
         if reader is None:
-            reader = self._open[shard] = READERS[self._reader](self.path, self.manifest, self.record(shard))
+            reader = self._open[shard] = self._open_shard(shard)
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         else:
             self._open.move_to_end(shard)
         return reader
 
-    def _read_group(self, indices: list[int]) -> SequenceBatch:
+    def _open_shard(self, shard: int) -> ShardReader:
+        return READERS[self._reader](self.path, self.manifest, self.record(shard))
+
+    def _index_of_all(self) -> Index | None:
+        """The index, if it holds just the shards at hand."""
+        index = read_index(self.path, self.manifest)
+        return index if index is not None and tuple(index.shards.tolist()) == self.shards else None
+
+    def _read_group(self, indices: list[int], room: Room) -> SequenceBatch:
+        manifest = self.manifest
         places = [self._locate(index) for index in indices]
-        parts = [self._flat(self._shard(shard), within) for shard, within in places]
-        raw = parts[0] if len(parts) == 1 else {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        readers = [(self._shard(shard), within) for shard, within in places]
+        raw = gather(readers, self._names, id_high_bits(manifest.vocab_size))
         try:
-            targets = decode_rows(self.manifest.sampler, self.manifest.vocab_size, raw, logp=self._logp)
+            targets = decode_rows(manifest.sampler, manifest.vocab_size, raw, logp="logp" in self.columns, room=room)
         except DamagedError as error:
             # Which of several sequences it was does not matter; which shard does.
-            for shard, within in places if len(places) > 1 else ():
-                self._read_group([indices[places.index((shard, within))]])
+            for index in indices if len(places) > 1 else ():
+                self._read_group([index], room)
             raise damaged(places[0][0], str(error)) from error
+        if "tokens" not in raw:
+            return SequenceBatch(np.zeros((len(indices), 0), np.uint32), targets)
         tokens_BL1 = raw["tokens"].reshape(len(indices), -1).astype(np.uint32)
+        known = max(manifest.vocab_size, manifest.tokenizer.vocab_size)
+        if tokens_BL1.max() >= known:
+            place = places[int(np.argmax(tokens_BL1.max(1)))]
+            raise damaged(place[0], f"sequence {place[1]} has a token id that is not below {known}")
         return SequenceBatch(tokens_BL1, targets)
 
-    def _flat(self, reader: ShardReader, within: int) -> dict[str, npt.NDArray[Any]]:
-        """Unpadded arrays of one sequence, `id_lo` and `id_hi` joined into int32 `id`."""
-        raw = {}
-        skip = () if self._logp else ("logp_tail",) + (("logp",) if "kept" not in reader.arrays else ())
-        n_L = reader.chunk("n", within)
-        lengths = {"entry": int(n_L.sum(dtype=np.int64))}
-        if "n_head" in reader.arrays:
-            raw["n_head"] = reader.chunk("n_head", within)
-            lengths["head"] = int(raw["n_head"].sum(dtype=np.int64))
-            lengths["tail"] = lengths["entry"] - lengths["head"]
-        for run, length in lengths.items():
-            if not 0 <= length <= getattr(reader.record.widths, run):
-                raise damaged(
-                    reader.record.shard, f"sequence {within} claims {length} {run} elements, more than it has"
-                )
-        entries = lengths["entry"]
-        raw["n"] = n_L
-        for name, array in reader.arrays.items():
-            if name in raw or name in skip or name in ("id_lo", "id_hi"):
-                continue
-            chunk = reader.chunk(name, within)
-            if name == "count":
-                chunk = chunk[: np.count_nonzero(chunk)]
-            elif array.run in lengths:
-                chunk = chunk[: lengths[array.run]]
-            raw[name] = chunk
-        code = reader.chunk("id_lo", within)[:entries].astype("<i4")
-        if planes := id_high_bits(self.manifest.vocab_size):
-            bits_PE = np.unpackbits(reader.chunk("id_hi", within), axis=1, count=entries, bitorder="little")
-            for plane in range(1, planes):
-                bits_PE[0] |= bits_PE[plane] << plane
-            code.view(np.uint8)[2::4] = bits_PE[0]  # the third byte of every little-endian int32
-        raw["id"] = code
-        return raw
+
+def _joined(parts: list[SparseTargets], entries: Room) -> SparseTargets:
+    """The rows of `parts`, whose ids and weights lie one after the other in `entries`."""
+    ends = np.cumsum([0] + [part.entries for part in parts])
+    logps = [part.logp for part in parts if part.logp is not None]
+    return SparseTargets(
+        offsets=np.concatenate([np.zeros(1, np.int64), *(p.offsets[1:] + end for p, end in zip(parts, ends))]),
+        ids=entries.ids,
+        weights=entries.weights,
+        label_logp=np.concatenate([part.label_logp for part in parts]),
+        entropy=np.concatenate([part.entropy for part in parts]),
+        logp=np.concatenate(logps) if logps else None,
+    )
 
 
 def _no_targets() -> SparseTargets:
@@ -212,23 +252,53 @@ def _no_targets() -> SparseTargets:
 
 
 def open_cache(
-    path: str | os.PathLike[str], *, partial: bool = False, reader: ReaderName = "direct", logp: bool = True
+    path: str | os.PathLike[str],
+    *,
+    partial: bool = False,
+    reader: ReaderName = "direct",
+    columns: Collection[Column] = COLUMNS,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Cache:
     """Open the cache at `path` for reading.
 
     Args:
-        path: its directory.
+        path: its directory, or a URL: s3://, gs://, az://, hf://, http(s):// or another that fsspec knows (docs/streaming.md).
         partial: take what is committed of an incomplete cache.
         reader: `direct` or, to cross-check, `zarr`.
-        logp: decode the entries' log-probabilities; a loss that only needs weights reads faster without.
+        columns: what to read besides ids and weights: any of `tokens`, `logp`, `label_logp`, `entropy`. What a loss does not
+            need costs time: left out, `tokens` come as `[B, 0]`, `logp` as None, the others as NaN.
+        cache_dir: for a URL: directory of the local copies (unset: `stillroom/` in the hub library's cache).
+        cache_bytes: for a URL: the most bytes of shards kept there (unset: 64 GiB).
+        storage_options: for a URL: keyword arguments of its file system.
 
     Raises:
         NotACacheError: there is no manifest.
         FormatError: the manifest is malformed, or of a newer version.
-        CacheError: shards are missing and `partial` is off.
+        CacheError: shards are missing and `partial` is off, or a store that can not be reached.
+        InputError: options that do not fit.
     """
     if reader not in get_args(ReaderName):
         raise InputError(f"reader {reader!r} is unknown: choose one of {', '.join(get_args(ReaderName))}")
+    if unknown := sorted(set(columns) - set(COLUMNS)):
+        raise InputError(f"column {unknown[0]!r} is unknown: choose among {', '.join(COLUMNS)}")
+    if isinstance(path, str) and "://" in path:
+        from stillroom.storage.remote.cache import DEFAULT_CACHE_BYTES, open_remote
+
+        return open_remote(
+            path,
+            partial=partial,
+            reader=reader,
+            columns=columns,
+            cache_dir=cache_dir,
+            cache_bytes=DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes,
+            storage_options=storage_options,
+        )
+    if cache_dir is not None or cache_bytes is not None or storage_options is not None:
+        raise InputError(
+            f"{os.fspath(path)} is a directory, and cache_dir, cache_bytes and storage_options are for URLs: drop them"
+        )
     root = Path(path)
     manifest = Manifest.load(root)
     present = sorted(index for index in committed(root) if index < manifest.shards)
@@ -237,4 +307,4 @@ def open_cache(
             f"{root} lacks {manifest.shards - len(present)} of {manifest.shards} shards: "
             "run `stillroom cache` again to make them, or open it with partial=True"
         )
-    return Cache(root, manifest, present, reader, logp)
+    return Cache(root, manifest, present, reader, columns)

@@ -8,6 +8,7 @@ A kill at any point leaves either no record (an orphan attempt, collected later)
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,15 +23,19 @@ COMMITS: Final = "commits"
 SHARDS: Final = "shards"
 _RECORD_NAME: Final = re.compile(r"(\d{6,12})\.json")
 _SHARD_PATH: Final = re.compile(r"shards/(\d{6,12})-[0-9a-f]{8,32}\.zarr")
+FREE_CHUNK_BYTES: Final = 1 << 24  # a chunk of at most this is decoded whatever its shard weighs ...
+MAX_UNFOLDING: Final = 256  # ... a larger one only from a shard that weighs a 256th of it
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def damaged(index: int, what: str) -> DamagedError:
     """The error for a shard whose bytes are not what its record says, with the remedy."""
-    return DamagedError(
+    error = DamagedError(
         f"shard {index}: {what}; delete {COMMITS}/{index:06d}.json and run `stillroom cache` again: "
         "only that shard is recomputed"
     )
+    error.what = what
+    return error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +59,7 @@ class CommitRecord:
         widths: padded widths of its ragged runs (`entry` is the cap of the ids).
         objects: its files.
         libraries: versions that wrote it.
+        manifest: `Manifest.identity` of the cache it belongs to.
         format_version: of the cache format.
     """
 
@@ -66,6 +72,7 @@ class CommitRecord:
     widths: Widths
     objects: tuple[ObjectInfo, ...]
     libraries: dict[str, str]
+    manifest: str
     format_version: int = FORMAT_VERSION
 
     @property
@@ -79,8 +86,8 @@ class CommitRecord:
         return sum(item.size_bytes for item in self.objects)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON object."""
-        return asdict(self)
+        """Plain JSON object, sealed with its own digest."""
+        return strict.sealed(asdict(self))
 
 
 def record_name(index: int) -> str:
@@ -114,6 +121,16 @@ def load_record(root: Path, manifest: Manifest, index: int) -> CommitRecord:
         raise DamagedError(f"shard {index} has no record: run `stillroom cache` again to make it") from error
     except FormatError as error:
         raise damaged(index, str(error)) from error
+    return parse_record(data, manifest, index)
+
+
+def parse_record(data: dict[str, Any], manifest: Manifest, index: int) -> CommitRecord:
+    """The record of shard `index` from its JSON object, checked as `load_record` does.
+
+    Raises:
+        DamagedError: the record is malformed, or does not belong to this manifest.
+        FormatError: a newer version wrote it.
+    """
     version = data.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise FormatError(
@@ -121,7 +138,7 @@ def load_record(root: Path, manifest: Manifest, index: int) -> CommitRecord:
             "upgrade stillroom"
         )
     try:
-        record = strict.from_json(CommitRecord, data, record_name(index))
+        record = strict.from_json(CommitRecord, strict.unsealed(data, record_name(index)), record_name(index))
     except FormatError as error:
         raise damaged(index, str(error)) from error
     if problem := _problem(record, manifest, index):
@@ -138,6 +155,8 @@ def _problem(record: CommitRecord, manifest: Manifest, index: int) -> str | None
     widths = (record.widths.entry, record.widths.head, record.widths.tail)
     if match is None or int(match[1]) != index or record.shard != index:
         return f"names shard {record.shard} at {record.path!r}, which is not its own"
+    if record.manifest != manifest.identity:
+        return "belongs to a cache with another manifest.json"
     if (record.start, record.stop) != manifest.shard_range(index):
         return f"covers sequences {record.start} to {record.stop}, the plan says {manifest.shard_range(index)}"
     if record.rows != record.sequences * manifest.packing.seq_len:
@@ -148,6 +167,12 @@ def _problem(record: CommitRecord, manifest: Manifest, index: int) -> str | None
         return f"counts {record.entries} entries"
     if sorted(item.name for item in record.objects) != sorted(expected):
         return "does not list the objects of this format"
+    unfolded = max(
+        math.prod(array.chunk_shape(manifest.packing.seq_len, record.widths)) * array.dtype.itemsize
+        for array in arrays_of(manifest)
+    )
+    if unfolded > max(FREE_CHUNK_BYTES, MAX_UNFOLDING * record.size_bytes):
+        return f"lets a chunk of {unfolded:,} bytes unfold from a shard of {record.size_bytes:,}"
     if any(item.size_bytes < 1 or not _SHA256.fullmatch(item.sha256) for item in record.objects):
         return "has an impossible size or hash"
     return None

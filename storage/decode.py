@@ -5,8 +5,9 @@ Shapes: `R` rows, `E` entries, `H` head entries (those of all rows, back to back
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +28,25 @@ Array = npt.NDArray[Any]
 _PER_UNIT: Final = np.float32(1 / UNIT)
 
 
-def decode_rows(spec: SamplerSpec, vocab_size: int, raw: dict[str, Array], *, logp: bool) -> SparseTargets:
+class Room(NamedTuple):
+    """Where decoded entries may be written: int32 ids and float32 weights, at least as long as they are many."""
+
+    ids: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+
+
+def decode_rows(
+    spec: SamplerSpec, vocab_size: int, raw: dict[str, Array], *, logp: bool, room: Room | None = None
+) -> SparseTargets:
     """Targets of a batch of rows.
 
     Args:
         spec: the sampler of the cache.
         vocab_size: ids must be below it.
-        raw: flat arrays by name, padding removed (`id` int32 codes stand for id_lo and id_hi).
+        raw: flat arrays by name, padding removed (`id` int32 codes stand for id_lo and id_hi; they may be overwritten).
+            Where `label_logp` or `entropy` is left out, it comes as NaN.
         logp: decode the log-probabilities too, where the cache has them.
+        room: write ids and weights there, not into new arrays.
 
     Raises:
         DamagedError: the codes contradict each other or an id is out of range.
@@ -42,35 +54,54 @@ def decode_rows(spec: SamplerSpec, vocab_size: int, raw: dict[str, Array], *, lo
     n_R = raw["n"].astype(np.int64)
     offsets = np.zeros(len(n_R) + 1, np.int64)
     np.cumsum(n_R, out=offsets[1:])
+    entries = int(offsets[-1])
+    room = Room(np.empty(entries, np.int32), np.empty(entries, np.float32)) if room is None else room
+    ids, weights = room.ids[:entries], room.weights[:entries]
+    if len(n_R) and n_R.max() > spec.draws + (spec.kind == "threshold"):
+        raise DamagedError(f"a row has {n_R.max()} entries, more than {spec.draws} draws give")
     counted = spec.kind in COUNT_KINDS and spec.exponent == 1.0
     if counted or spec.kind == "threshold":
         head_R = _count_heads(raw["count"], n_R, spec.draws) if counted else raw["n_head"].astype(np.int64)
         if np.any(head_R > n_R):
             raise DamagedError("a row has more head entries than entries")
-        head_end_R = np.cumsum(head_R)
-        head_H = np.arange(head_end_R[-1] if len(head_end_R) else 0)
-        head_H += np.repeat(offsets[:-1] - head_end_R + head_R, head_R)
-        ids = _ids(raw["id"], offsets, n_R, head_R, head_H)
+        head_H = _runs(offsets[:-1], head_R)
+        _ids(raw["id"], offsets, head_R, head_H, ids)
         if counted:
-            weights = np.full(len(ids), np.float32(1) / np.float32(spec.draws))
-            weights[head_H] = _count_weights(spec.draws).take(raw["count"])
+            weights.fill(np.float32(1) / np.float32(spec.draws))
+            weights[head_H] = _count_weights(spec.draws).take(raw["count"], mode="clip")
         else:
-            weights = _threshold_weights(spec.draws, raw, n_R, head_R, head_end_R, head_H, offsets)
+            _threshold_weights(spec.draws, raw, n_R, head_R, head_H, offsets, weights)
     else:
-        ids = raw["id"]
-        weights = raw["weight"] if "weight" in raw else _top_weights(spec.draws, raw, offsets)
+        ids[:] = raw["id"]
+        weights[:] = raw["weight"] if "weight" in raw else _top_weights(spec.draws, raw, offsets)
+        if len(weights) and not (weights.min() >= 0 and weights.max() < np.inf):  # NaN fails both
+            raise DamagedError("a weight is negative or not finite")
         head_H = np.zeros(0, np.int64)
-    # One pass finds both kinds of bad id: as unsigned, a negative one is huge.
-    if len(ids) and int(ids.view(np.uint32).max()) >= vocab_size:
-        raise DamagedError(f"an id is not below the vocabulary size {vocab_size}")
+    check_ids(ids, vocab_size)
     return SparseTargets(
         offsets=offsets,
         ids=ids,
         weights=weights,
-        label_logp=decode_label_logp(raw["label_logp"]),
-        entropy=decode_entropy(raw["entropy"]),
-        logp=_logp(spec, raw, head_H, len(ids)) if logp and spec.keep_logp != "none" else None,
+        label_logp=_or_nan(raw, "label_logp", decode_label_logp, len(n_R)),
+        entropy=_or_nan(raw, "entropy", decode_entropy, len(n_R)),
+        logp=_logp(spec, raw, head_H, entries) if logp and spec.keep_logp != "none" else None,
     )
+
+
+def check_ids(ids: npt.NDArray[np.int32], vocab_size: int) -> None:
+    """One pass finds both kinds of bad id: as unsigned, a negative one is huge.
+
+    Raises:
+        DamagedError: an id is out of range.
+    """
+    if len(ids) and int(ids.view(np.uint32).max()) >= vocab_size:
+        raise DamagedError(f"an id is not below the vocabulary size {vocab_size}")
+
+
+def _or_nan(
+    raw: dict[str, Array], name: str, decode: Callable[[Array], npt.NDArray[np.float32]], rows: int
+) -> npt.NDArray[np.float32]:
+    return decode(raw[name]) if name in raw else np.full(rows, np.nan, np.float32)
 
 
 @lru_cache(maxsize=8)
@@ -84,14 +115,14 @@ def _count_heads(count_H: Array, n_R: npt.NDArray[np.int64], draws: int) -> npt.
     repeats_R[n_R == 0] = 0
     ended = repeats_R.nonzero()[0]
     due_R = repeats_R.cumsum()
-    used_H = (count_H - count_H.dtype.type(1)).cumsum(dtype=np.int64)
+    used_H = np.subtract(count_H, 1, dtype=count_H.dtype).cumsum(dtype=np.int64)
     total = int(due_R[-1]) if len(due_R) else 0
     wrong = DamagedError(f"the counts of a row do not sum to {draws}")
     if (len(n_R) and repeats_R.min() < 0) or total != (int(used_H[-1]) if len(used_H) else 0):
         raise wrong
     is_due = np.zeros(total + 1, np.bool_)
     is_due[due_R[ended]] = True
-    end_H = is_due.take(used_H).nonzero()[0]
+    end_H = is_due.take(used_H, mode="clip").nonzero()[0]
     if len(end_H) != len(ended):
         raise wrong
     end_H += 1
@@ -101,22 +132,45 @@ def _count_heads(count_H: Array, n_R: npt.NDArray[np.int64], draws: int) -> npt.
     return head_R
 
 
+def _runs(start_R: npt.NDArray[np.int64], many_R: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`start_R[r], start_R[r] + 1, ...`, `many_R[r]` of them, for each row: one step at a time, but for a jump at each row."""
+    rows = many_R.nonzero()[0]
+    start, many = start_R[rows], many_R[rows]
+    place = np.ones(int(many.sum()), np.int64)
+    if len(rows):
+        first = many.cumsum()
+        first -= many
+        start[1:] -= start[:-1] + many[:-1] - 1
+        place[first] = start
+        np.add.accumulate(place, out=place)
+    return place
+
+
 def _ids(
     code_E: npt.NDArray[np.int32],
     offsets: npt.NDArray[np.int64],
-    n_R: npt.NDArray[np.int64],
     head_R: npt.NDArray[np.int64],
     head_H: npt.NDArray[np.int64],
-) -> npt.NDArray[np.int32]:
-    # A running sum over everything, less what it was before the row's tail. It may wrap; differences stay right.
-    sum_E = np.cumsum(code_E, dtype=np.int32)
-    before_R = offsets[:-1] + head_R - 1
-    base_R = sum_E.take(before_R, mode="clip") if len(sum_E) else np.zeros(len(n_R), np.int32)
-    if before_R.size and before_R[0] < 0:
-        base_R[before_R < 0] = 0
-    sum_E -= np.repeat(base_R, n_R)
-    sum_E[head_H] = code_E.take(head_H)
-    return sum_E
+    ids: npt.NDArray[np.int32],
+) -> None:
+    """Ids of codes (see `layout`): a running sum less what it was before the row's tail; heads as they are.
+
+    The running sum may wrap; differences stay right. What a row must lose is put, negated, where the row begins, so a
+    second running sum does the rest.
+    """
+    if not len(code_E):
+        return
+    head_code_H = code_E.take(head_H, mode="clip")
+    rows = np.flatnonzero(offsets[1:] > offsets[:-1])
+    start = offsets[rows]
+    before = start + head_R[rows] - 1
+    np.add.accumulate(code_E, out=ids)
+    lost = ids.take(before, mode="clip")
+    if before[0] < 0:
+        lost[0] = 0
+    code_E[start] -= np.diff(lost, prepend=np.int32(0))
+    np.add.accumulate(code_E, out=ids)
+    ids[head_H] = head_code_H
 
 
 def _threshold_weights(
@@ -124,34 +178,45 @@ def _threshold_weights(
     raw: dict[str, Array],
     n_R: npt.NDArray[np.int64],
     head_R: npt.NDArray[np.int64],
-    head_end_R: npt.NDArray[np.int64],
     head_H: npt.NDArray[np.int64],
     offsets: npt.NDArray[np.int64],
-) -> npt.NDArray[np.float32]:
+    weights: npt.NDArray[np.float32],
+) -> None:
     tail_R = tail_units(draws)[raw["tail"]]
     many_R = n_R - head_R
     if np.any((many_R == 0) & (tail_R > 0)) or np.any((head_R == 0) & (tail_R != UNIT) & (n_R > 0)):
         raise DamagedError("the weights of a row do not sum to 1")
     each_R = tail_R // np.maximum(many_R, 1)
     extra_R = tail_R - each_R * many_R
-    weights = np.repeat(each_R.astype(np.float32) * _PER_UNIT, n_R)
-    if extra_R.any():  # the left-over units go one each to the first tail entries
-        end_R = np.cumsum(extra_R)
-        place = np.arange(end_R[-1])
-        place += np.repeat(offsets[:-1] + head_R - end_R + extra_R, extra_R)
-        weights[place] += _PER_UNIT
-    if not len(head_H):
-        return weights
-    units_H = logp_scale(draws).head_units.take(raw["logp_head"] - np.uint8(PIVOT), mode="clip")
+    # Units of every entry as a running sum of steps: each tail starts at its level, the first few of it one unit higher
+    # (the left-over units), and the heads between are put in at the end.
+    tails = many_R.nonzero()[0]
+    start, each, extra = offsets[tails] + head_R[tails], each_R[tails], extra_R[tails]
+    units_E = np.zeros(len(weights), np.int32)
+    above = extra > 0
+    units_E[start] = each + above
+    units_E[start[1:]] -= each[:-1].astype(np.int32)
+    units_E[(start + extra)[above]] = -1
+    np.add.accumulate(units_E, out=units_E)
+    if len(head_H):
+        units_E[head_H] = _head_units(draws, raw["logp_head"], head_R, tail_R)
+    np.multiply(units_E, _PER_UNIT, out=weights)
+
+
+def _head_units(
+    draws: int, code_H: Array, head_R: npt.NDArray[np.int64], tail_R: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Each takes its code's level, but the first of a row: that takes what the row still lacks."""
+    units_H = logp_scale(draws).head_units.take(code_H - np.uint8(PIVOT), mode="clip")
     sum_H = np.cumsum(units_H)
     with_R = np.flatnonzero(head_R)
-    first = head_end_R[with_R] - head_R[with_R]
-    total = sum_H[head_end_R[with_R] - 1] - sum_H[first] + units_H[first]
+    end = np.cumsum(head_R[with_R])
+    first = end - head_R[with_R]
+    total = sum_H[end - 1] - sum_H[first] + units_H[first]
     units_H[first] += UNIT - tail_R[with_R] - total
-    if units_H[first].min() < 0 or raw["logp_head"].min() < PIVOT:
+    if units_H[first].min() < 0 or code_H.min() < PIVOT:
         raise DamagedError("a weight of a row is negative")
-    weights[head_H] = units_H.astype(np.float32) * _PER_UNIT
-    return weights
+    return units_H
 
 
 def _top_weights(draws: int, raw: dict[str, Array], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

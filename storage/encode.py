@@ -44,9 +44,9 @@ class _Rows:
 
     spec: SamplerSpec
     offsets: npt.NDArray[np.int64]
-    row_E: npt.NDArray[np.int64]
-    id_E: npt.NDArray[np.int64]
-    weight_E: npt.NDArray[np.float64]
+    row_E: npt.NDArray[np.int32]
+    id_E: npt.NDArray[np.int32]
+    weight_E: npt.NDArray[np.floating]
     logp_E: npt.NDArray[np.float32] | None
     rounding_R3: npt.NDArray[np.float64]
 
@@ -101,9 +101,9 @@ def encode_rows(
     rows = _Rows(
         spec,
         targets.offsets,
-        np.repeat(np.arange(targets.rows), n_R),
-        targets.ids.astype(np.int64),
-        targets.weights.astype(np.float64),
+        np.repeat(np.arange(targets.rows, dtype=np.int32), n_R),
+        targets.ids,
+        targets.weights if spec.kind in COUNT_KINDS else targets.weights.astype(np.float64),
         targets.logp,
         rounding_R3,
     )
@@ -136,38 +136,62 @@ def encode_rows(
 
 def _id_codes(rows: _Rows, head_R: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
     """Ids; in the tail, which ascends, the step from the id before."""
-    code_E = rows.id_E.copy()
-    place_E = np.arange(len(code_E)) - rows.first_E
-    after = np.flatnonzero(place_E > head_R[rows.row_E])
-    code_E[after] -= rows.id_E[after - 1]
-    if (after.size and code_E[after].min() <= 0) or _repeated(rows, head_R):
+    # Entries that follow a tail entry of their row, as a running sum of +1 and -1: all but heads and firsts of tails.
+    tails = np.flatnonzero(rows.n_R > head_R)
+    step_E = np.zeros(len(rows.id_E) + 1, np.int8)
+    step_E[rows.offsets[tails] + head_R[tails] + 1] = 1
+    step_E[rows.offsets[tails + 1]] -= 1
+    after_E = np.add.accumulate(step_E[:-1], dtype=np.int8)
+    before_E = after_E.astype(np.int32)
+    before_E[1:] *= rows.id_E[:-1]
+    code_E = rows.id_E - before_E
+    if np.any((code_E <= 0) & after_E.view(np.bool_)) or _repeated(rows):
         raise ValueError("an id came twice in one row, wanted unique ids: merge them first")
-    return code_E.astype(np.uint32)
+    return code_E.view(np.uint32)
 
 
-def _repeated(rows: _Rows, head_R: npt.NDArray[np.int64]) -> bool:
-    key_E = np.sort((rows.row_E << 24) | rows.id_E)
+def _repeated(rows: _Rows) -> bool:
+    if not len(rows.id_E):
+        return False
+    bits = int(rows.id_E.max()).bit_length()
+    key_type = np.uint32 if bits + len(rows.n_R).bit_length() <= 32 else np.uint64  # half the time to sort
+    key_E = rows.row_E.astype(key_type)
+    key_E <<= key_type(bits)
+    key_E |= rows.id_E.view(np.uint32)
+    key_E.sort()
     return bool(np.any(key_E[1:] == key_E[:-1]))
 
 
-def _sorted(rows: _Rows, key_E: npt.NDArray[np.int64]) -> tuple[_Rows, npt.NDArray[np.int64]]:
+def _sorted(rows: _Rows, key_E: npt.NDArray[np.integer]) -> tuple[_Rows, npt.NDArray[np.int64] | slice]:
     """Rows with their entries by (row, `key_E` below 2**17, id), and the permutation; most samplers come sorted already."""
-    key_E = (rows.row_E << 41) | (key_E << 24) | rows.id_E
-    if np.all(key_E[1:] > key_E[:-1]):
-        return rows, np.arange(len(key_E))
-    order_E = np.argsort(key_E)
+    key_E = (key_E.astype(np.int64) << 24) | rows.id_E
+    ascends_E = key_E[1:] > key_E[:-1]
+    begins_E = np.zeros(len(key_E) + 1, np.bool_)
+    begins_E[rows.offsets] = True
+    ascends_E |= begins_E[1:-1]
+    if ascends_E.all():
+        return rows, slice(None)
+    order_E = np.argsort(key_E | (rows.row_E.astype(np.int64) << 41))
     return rows.take(order_E), order_E
+
+
+def _row_sums(rows: _Rows, value_E: Array) -> npt.NDArray[np.int64]:
+    """Sums of small integers (or truths) over each row."""
+    sum_E = np.zeros(len(value_E) + 1, np.int64)
+    np.cumsum(value_E, out=sum_E[1:])
+    return np.diff(sum_E[rows.offsets])
 
 
 def _counts(rows: _Rows) -> tuple[dict[str, Array], npt.NDArray[np.int64], _Rows]:
     draws = rows.spec.draws
-    count_E = np.rint(rows.weight_E * draws).astype(np.int64)
-    sum_R = np.bincount(rows.row_E, count_E, len(rows.n_R))
-    if (
-        np.any(count_E < 1)
-        or np.any(np.abs(rows.weight_E * draws - count_E) > 0.01)
-        or np.any((sum_R != draws) & (rows.n_R > 0))
-    ):
+    exact_E = rows.weight_E * np.float32(draws)
+    rounded_E = np.rint(exact_E)
+    count_E = rounded_E.astype(np.int32)
+    exact_E -= rounded_E
+    sum_R = _row_sums(rows, count_E)
+    if len(count_E) and (count_E.min() < 1 or exact_E.max() > 0.01 or exact_E.min() < -0.01):
+        raise ValueError(f"weights came that are no counts out of {draws} draws: check `draws`")
+    if np.any((sum_R != draws) & (rows.n_R > 0)):
         raise ValueError(f"weights came that are no counts out of {draws} draws: check `draws`")
     rows, order_E = _sorted(rows, draws - count_E)
     count_E = count_E[order_E]
@@ -175,7 +199,7 @@ def _counts(rows: _Rows) -> tuple[dict[str, Array], npt.NDArray[np.int64], _Rows
     arrays: dict[str, Array] = {"count": count_E[head_E]}
     if rows.spec.keep_logp != "none":
         arrays["logp"] = _logp_codes(rows, np.exp(rows.logp().astype(np.float64)))
-    return arrays, np.bincount(rows.row_E[head_E], minlength=len(rows.n_R)), rows
+    return arrays, _row_sums(rows, head_E), rows
 
 
 def _logp_codes(rows: _Rows, p_E: npt.NDArray[np.float64]) -> Array:
@@ -234,7 +258,7 @@ def _threshold(rows: _Rows) -> tuple[dict[str, Array], npt.NDArray[np.int64], _R
     scale = logp_scale(draws)
     rows, tail_E = _by_probability(rows, (rows.logp() < scale.pivot_logp).astype(np.int64))
     head_E = tail_E == 0
-    head_R = np.bincount(rows.row_E[head_E], minlength=count)
+    head_R = _row_sums(rows, head_E)
 
     code_E = np.zeros(len(tail_E), np.int64)
     code_E[head_E] = PIVOT + _round(rows, head_E, rows.weight_E[head_E], scale.p[PIVOT:], column=0)

@@ -37,4 +37,10 @@ class PlanMismatchError(CacheError, ValueError):
 
 
 class DamagedError(CacheError, OSError):
-    """Bytes of a cache are missing, cut short or changed."""
+    """Bytes of a cache are missing, cut short or changed.
+
+    Attributes:
+        what: the damage alone, where the message also names the shard and the remedy.
+    """
+
+    what: str = ""

@@ -22,6 +22,15 @@ Shapes: `S` sequences of a shard, `L` rows of a sequence. A row has n entries: f
     logp          [S, cap]   u8          log-p codes
     kept          [S, L]     f32         mass of the kept entries
 
+Profile `fast` stores every array as it is (codec crc32c), and in place of id_lo and id_hi
+    id            [S, cap]   u32         ids
+    weight        [S, cap]   f32         weights, decoded
+Profile `small` stores, in place of id_lo and id_hi, with numcodecs' pcodec and crc32c
+    id_of_rank    [1, V]     u32         ids by how often the shard has them, then by id
+    head_rank     [S, hcap]  u32         ranks of the head
+    tail_rank     [S, tcap]  u32         ranks of the tail, ascending, each but a row's first as the step from the one before
+and keeps what it stores of the tail (logp_tail, logp) in that order; sorted by id it is the order of `standard`.
+
 Rows lie back to back and are padded with zeros to the widest sequence of the shard. The id code of a head entry and of
 the first tail entry of a row is the id; of every other tail entry it is the step from the id before it (the tail ascends).
 A head of counts needs no lengths: row r has the next counts until sum(count - 1) reaches N - n.
@@ -42,7 +51,7 @@ Stock zarr and numpy read it, here the ids and weights of sequence i of a `rando
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -52,7 +61,16 @@ from stillroom.storage.codes import tail_code_max
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.spec import COUNT_KINDS, SamplerSpec
 
-Run = Literal["token", "row", "entry", "head", "tail"]
+Run = Literal["token", "row", "entry", "head", "tail", "vocab"]
+Codec = Literal["zstd", "crc32c", "pcodec"]
+PCODEC: Final = {
+    "level": 8,
+    "mode_spec": "auto",
+    "delta_spec": "auto",
+    "paging_spec": "equal_pages_up_to",
+    "delta_encoding_order": None,
+    "equal_pages_up_to": 262144,
+}
 ZSTD_LEVEL: Final = 1
 TOP_KINDS: Final = ("top_k", "top_p")
 
@@ -75,15 +93,25 @@ class ArraySpec:
         dtype: of its elements.
         run: what one element belongs to, hence how many a sequence has.
         planes: 0, or the number of packed bit planes.
+        codec: what a chunk is stored with.
+        whole: 0, or the elements of an array that has one chunk, for all sequences.
     """
 
     name: str
     dtype: np.dtype[Any]
     run: Run
     planes: int = 0
+    codec: Codec = "zstd"
+    whole: int = 0
+
+    def chunks(self, sequences: int) -> int:
+        """How many chunks it has in a shard of so many sequences."""
+        return 1 if self.whole else sequences
 
     def chunk_shape(self, seq_len: int, widths: Widths) -> tuple[int, ...]:
         """Shape of one sequence's chunk, without the leading 1."""
+        if self.whole:
+            return (self.whole,)
         if self.run == "token":
             return (seq_len + 1,)
         if self.run == "row":
@@ -109,6 +137,22 @@ def widest(spec: SamplerSpec, seq_len: int) -> int:
 
 def arrays_of(manifest: Manifest) -> tuple[ArraySpec, ...]:
     """The arrays of every shard of a cache, in the order they are written."""
+    codes = code_arrays_of(manifest)
+    if manifest.profile == "standard":
+        return codes
+    rest = [array for array in codes if array.name not in ("id_lo", "id_hi")]
+    u32, f32 = np.dtype("<u4"), np.dtype("<f4")
+    if manifest.profile == "fast":
+        plain = [ArraySpec("id", u32, "entry")]
+        if all(array.name != "weight" for array in rest):
+            plain.append(ArraySpec("weight", f32, "entry"))
+        return tuple(replace(array, codec="crc32c") for array in [*rest, *plain])
+    ranked = (ArraySpec("head_rank", u32, "head", codec="pcodec"), ArraySpec("tail_rank", u32, "tail", codec="pcodec"))
+    return (*rest, *ranked, ArraySpec("id_of_rank", u32, "vocab", codec="pcodec", whole=manifest.vocab_size))
+
+
+def code_arrays_of(manifest: Manifest) -> tuple[ArraySpec, ...]:
+    """The arrays of profile `standard`: what the encoder makes, whatever a shard then stores."""
     spec = manifest.sampler
     small: npt.DTypeLike = np.uint8 if spec.draws + 1 <= 255 else np.uint16
     tokens: npt.DTypeLike = (
@@ -156,9 +200,13 @@ def id_high_bits(vocab_size: int) -> int:
 def array_metadata(array: ArraySpec, sequences: int, chunk_shape: tuple[int, ...]) -> dict[str, Any]:
     """Zarr v3 metadata: one shard object for the whole array, one inner chunk for each sequence, core codecs only."""
     little = {"name": "bytes", "configuration": {"endian": "little"}}
-    zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": True}}
-    shape = [sequences, *chunk_shape]
-    width = {"token": "token", "row": "row"}.get(array.run, f"{array.run}_slot")
+    inner: dict[Codec, list[dict[str, Any]]] = {
+        "zstd": [little, {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": True}}],
+        "crc32c": [little, {"name": "crc32c"}],
+        "pcodec": [{"name": "numcodecs.pcodec", "configuration": PCODEC}, {"name": "crc32c"}],
+    }
+    shape = [array.chunks(sequences), *chunk_shape]
+    width = {"token": "token", "row": "row", "vocab": "rank"}.get(array.run, f"{array.run}_slot")
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -172,7 +220,7 @@ def array_metadata(array: ArraySpec, sequences: int, chunk_shape: tuple[int, ...
                 "name": "sharding_indexed",
                 "configuration": {
                     "chunk_shape": [1, *chunk_shape],
-                    "codecs": [little, zstd],
+                    "codecs": inner[array.codec],
                     "index_codecs": [little, {"name": "crc32c"}],
                     "index_location": "end",
                 },

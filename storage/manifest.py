@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal, get_args
 
 from stillroom.storage import strict
 from stillroom.storage.errors import FormatError, InputError, NotACacheError
@@ -15,6 +16,8 @@ from stillroom.storage.targets import MAX_VOCAB_SIZE
 FORMAT: Final = "stillroom-cache"
 FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
+Profile = Literal["standard", "fast", "small"]
+Values = tuple[tuple[str, Any], ...]
 MAX_SEQ_LEN: Final = 1 << 17
 MAX_SEQUENCES_PER_SHARD: Final = 1 << 16
 
@@ -67,6 +70,8 @@ class Manifest:
         sequences_per_shard: the shard plan; the last shard may be shorter.
         libraries: versions that started the run (not identity).
         created: ISO time the run was started (not identity).
+        profile: how the shards store it (`layout`): `standard`, `fast` (plain arrays, for a local disk) or `small`. Left out of
+            the file where it is `standard`.
         format_version: of the cache format.
 
     Raises:
@@ -83,11 +88,14 @@ class Manifest:
     sequences_per_shard: int
     libraries: dict[str, str] = field(default_factory=dict)
     created: str = ""
+    profile: Profile = "standard"
     format_version: int = FORMAT_VERSION
 
     NOT_IDENTITY: ClassVar = frozenset({"teacher.name", "teacher.revision", "corpus.name", "libraries", "created"})
 
     def __post_init__(self) -> None:
+        if self.profile not in get_args(Profile):
+            raise InputError(f"profile {self.profile!r} is unknown: choose one of {', '.join(get_args(Profile))}")
         for name, value, top in (
             ("vocab_size", self.vocab_size, MAX_VOCAB_SIZE),
             ("tokenizer.vocab_size", self.tokenizer.vocab_size, MAX_VOCAB_SIZE),
@@ -115,15 +123,21 @@ class Manifest:
         return start, min(start + self.sequences_per_shard, self.sequences)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON object; `from_json` gives an equal manifest back."""
-        return {"format": FORMAT, **asdict(self)}
+        """Plain JSON object, sealed with its own digest; `from_json` gives an equal manifest back."""
+        return strict.sealed({"format": FORMAT, **_unless_standard(asdict(self))})
+
+    @property
+    def identity(self) -> str:
+        """Digest of the identity fields: two manifests have the same one where `differences` finds none."""
+        return _identity(tuple(item for item in _values(self) if item[0] not in self.NOT_IDENTITY))
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Manifest:
         """Inverse of `to_json`.
 
         Raises:
-            FormatError: not a manifest, of a newer version, with an unknown or missing key, or out of range.
+            FormatError: not a manifest, of a newer version, with an unknown or missing key, out of range, or changed since
+                it was written.
         """
         if data.get("format") != FORMAT:
             raise FormatError(
@@ -135,7 +149,11 @@ class Manifest:
             raise FormatError(
                 f"{MANIFEST_NAME} has format_version {version!r}, this stillroom reads version {FORMAT_VERSION}: {remedy}"
             )
-        return strict.from_json(cls, {k: v for k, v in data.items() if k != "format"}, MANIFEST_NAME)
+        body = {key: value for key, value in data.items() if key not in ("format", strict.SEAL)}
+        body = {"profile": "standard", **body}
+        manifest = strict.from_json(cls, body, MANIFEST_NAME)  # before the seal: its complaints name the key
+        strict.unsealed(data, MANIFEST_NAME)
+        return manifest
 
     @classmethod
     def load(cls, root: Path) -> Manifest:
@@ -155,7 +173,7 @@ class Manifest:
 
     def differences(self, other: Manifest) -> list[str]:
         """Identity fields in which `other` differs, as "field: this one's value, other's value"; empty for the same run."""
-        mine, theirs = _flat(self), _flat(other)
+        mine, theirs = _flat(_values(self)), _flat(_values(other))
         return [
             f"{name}: {json.dumps(mine[name])}, now {json.dumps(theirs[name])}"
             for name in mine
@@ -163,12 +181,25 @@ class Manifest:
         ]
 
 
-def _flat(manifest: Manifest) -> dict[str, Any]:
+def _unless_standard(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if (name, value) != ("profile", "standard")}
+
+
+def _values(manifest: Manifest) -> Values:
+    return tuple((item.name, getattr(manifest, item.name)) for item in fields(manifest))
+
+
+def _flat(values: Values) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for top in fields(manifest):
-        value = getattr(manifest, top.name)
+    for top, value in values:
         if isinstance(value, dict) or not hasattr(value, "__dataclass_fields__"):
-            result[top.name] = value
+            result[top] = value
         else:
-            result |= {f"{top.name}.{name}": inner for name, inner in asdict(value).items()}
+            result |= {f"{top}.{name}": inner for name, inner in asdict(value).items()}
     return result
+
+
+@lru_cache(maxsize=64)  # a cache of 12,000 shards asks once a record
+def _identity(values: Values) -> str:
+    flat = {name: value for name, value in _flat(values).items() if name not in Manifest.NOT_IDENTITY}
+    return strict.digest(_unless_standard(flat))

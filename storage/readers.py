@@ -10,22 +10,24 @@ Shapes: `S` sequences of the shard.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import stat
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Final, Literal, final
+from typing import Any, Final, Literal, NamedTuple, final
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import zarr
 
+from stillroom.storage import strict
 from stillroom.storage.commits import CommitRecord, damaged
-from stillroom.storage.layout import ArraySpec, arrays_of
+from stillroom.storage.frames import LONGEST_HEADER, frame_head, read_index, unfolded_size, usual_head
+from stillroom.storage.layout import ArraySpec, array_metadata, arrays_of
 from stillroom.storage.manifest import Manifest
-from stillroom.storage.shard import INDEX_CRC_BYTES, INDEX_ENTRY_BYTES
 
 ReaderName = Literal["direct", "zarr"]
 
@@ -47,13 +49,16 @@ class ShardReader(ABC):
         self.arrays: Final = {array.name: array for array in arrays_of(manifest)}
         self._seq_len = manifest.packing.seq_len
         self._group = root / record.path
-        inside = os.path.realpath(root / "shards") + os.sep
+        inside = os.path.join(os.path.realpath(root), "shards", "")
         for item in record.objects:
             path = self._group / item.name
             try:
-                size = os.stat(path).st_size
+                found = os.stat(path)
+                mode, size = found.st_mode, found.st_size
             except OSError as error:
                 raise damaged(record.shard, f"{record.path}/{item.name} cannot be opened ({error.strerror})") from error
+            if not stat.S_ISREG(mode):
+                raise damaged(record.shard, f"{record.path}/{item.name} is not a file")
             if not os.path.realpath(path).startswith(inside):
                 raise damaged(record.shard, f"{record.path}/{item.name} leads out of the cache")
             if size != item.size_bytes:
@@ -74,50 +79,78 @@ class ShardReader(ABC):
         """
 
 
+class Frame(NamedTuple):
+    """One stored chunk: its bytes on disk, and what they unfold to."""
+
+    data: memoryview
+    nbytes: int
+    count: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+class _Mapped(NamedTuple):
+    data: memoryview
+    starts: list[int]
+    head: bytes
+    nbytes: int
+    count: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
 @final
 class DirectReader(ShardReader):
     """Memory maps; each index is read and checked once."""
 
     def __init__(self, root: Path, manifest: Manifest, record: CommitRecord) -> None:
         super().__init__(root, manifest, record)
-        self._codec = pa.Codec("zstd")
-        self._open: dict[str, tuple[pa.Buffer, list[int], list[int], int, np.dtype[Any], tuple[int, ...]]] = {}
+        self._open: dict[str, _Mapped] = {}
+
+    def frame(self, name: str, sequence: int) -> Frame:
+        """The stored chunk of `sequence` of array `name`, whose header has been seen to claim no more than it may.
+
+        Raises:
+            DamagedError: it claims another size.
+        """
+        mapped = self._open.get(name) or self._map(name)
+        start, stop = mapped.starts[sequence], mapped.starts[sequence + 1]
+        data = mapped.data[start:stop]
+        # What this house writes begins with the same bytes each time; another's frame may be laid out otherwise.
+        if data[: len(mapped.head)] != mapped.head and unfolded_size(bytes(data[:LONGEST_HEADER])) != mapped.nbytes:
+            raise damaged(
+                self.record.shard,
+                f"sequence {sequence} of {name} does not unfold to the {mapped.nbytes} bytes of its record",
+            )
+        return Frame(data, mapped.nbytes, mapped.count, mapped.dtype, mapped.shape)
 
     def chunk(self, name: str, sequence: int) -> npt.NDArray[Any]:
         """As `ShardReader.chunk`."""
-        buffer, starts, sizes, nbytes, dtype, shape = self._open.get(name) or self._map(name)
+        frame = self.frame(name, sequence)
         try:
             # Decodes into exactly `nbytes`: a frame that unfolds to more or less is an error, not an allocation.
-            data = self._codec.decompress(buffer.slice(starts[sequence], sizes[sequence]), nbytes)
+            data = pa.Codec("zstd").decompress(frame.data, frame.nbytes)
         except (OSError, pa.ArrowException) as error:
             raise damaged(self.record.shard, f"sequence {sequence} of {name} does not decode ({error})") from error
-        elements: npt.NDArray[Any] = np.frombuffer(data, dtype)
-        return elements if len(shape) == 1 else elements.reshape(shape)
+        elements: npt.NDArray[Any] = np.frombuffer(data, frame.dtype)
+        return elements if len(frame.shape) == 1 else elements.reshape(frame.shape)
 
-    def _map(self, name: str) -> tuple[pa.Buffer, list[int], list[int], int, np.dtype[Any], tuple[int, ...]]:
+    def _map(self, name: str) -> _Mapped:
         array, index = self.arrays[name], self.record.shard
-        with (self._group / array.object_name).open("rb") as file:
+        path = self._group / array.object_name
+        try:
+            index_S2 = read_index(path, self.record.sequences)
+        except ValueError as error:
+            raise damaged(index, f"{name} {error}") from error
+        with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        index_start = len(data) - INDEX_CRC_BYTES - INDEX_ENTRY_BYTES * self.record.sequences
-        if index_start < 0:
-            raise damaged(index, f"{name} is too short for its index")
-        table, crc = data[index_start:-INDEX_CRC_BYTES], data[-INDEX_CRC_BYTES:]
-        if google_crc32c.value(table) != int.from_bytes(crc, "little"):
-            raise damaged(index, f"the index of {name} fails its checksum")
-        index_S2 = np.frombuffer(table, "<u8").reshape(-1, 2)
-        sizes_S = index_S2[:, 1]
-        # Chunks lie back to back and fill the file: no hole, no overlap, none missing (which Zarr would read as zeros).
-        if (
-            np.any(sizes_S - np.uint64(1) >= np.uint64(max(index_start, 1)))
-            or np.any(index_S2[:, 0] != np.cumsum(sizes_S) - sizes_S)
-            or int(sizes_S.sum()) != index_start
-        ):
-            raise damaged(index, f"the index of {name} does not fit its file")
         shape = self.chunk_shape(array)
-        nbytes = int(np.prod(shape)) * array.dtype.itemsize
-        entry = (pa.py_buffer(data), index_S2[:, 0].tolist(), sizes_S.tolist(), nbytes, array.dtype, shape)
-        self._open[name] = entry
-        return entry
+        count = math.prod(shape)
+        nbytes = count * array.dtype.itemsize
+        starts = [*index_S2[:, 0].tolist(), int(index_S2[:, 1].sum())]
+        mapped = _Mapped(memoryview(data), starts, usual_head(nbytes), nbytes, count, array.dtype, shape)
+        self._open[name] = mapped
+        return mapped
 
 
 @final
@@ -127,19 +160,42 @@ class ZarrReader(ShardReader):
     def __init__(self, root: Path, manifest: Manifest, record: CommitRecord) -> None:
         super().__init__(root, manifest, record)
         self._zarr: dict[str, Any] = {}
+        self._starts: dict[str, list[int]] = {}
+        # zarr-python trusts what it opens, so it is only let near what we would have written (see `frames`).
+        try:
+            head = strict.load_file(self._group / "zarr.json")
+        except (ValueError, OSError) as error:
+            raise damaged(record.shard, str(error)) from error
+        if head.keys() != {"zarr_format", "node_type", "attributes"}:  # a consolidated copy would hide the arrays' own
+            raise damaged(record.shard, f"the zarr.json of its group has the keys {', '.join(sorted(head))!r}")
+        for name, array in self.arrays.items():
+            wanted = array_metadata(array, record.sequences, self.chunk_shape(array))
+            try:
+                came = strict.load_file(self._group / name / "zarr.json")
+                index_S2 = read_index(self._group / array.object_name, record.sequences)
+            except (ValueError, OSError) as error:
+                raise damaged(record.shard, f"array {name} {error}") from error
+            if foreign := [key for key in wanted.keys() | came.keys() if wanted.get(key) != came.get(key)]:
+                raise damaged(
+                    record.shard, f"the zarr.json of array {name} has another {sorted(foreign)[0]} than its record"
+                )
+            self._starts[name] = index_S2[:, 0].tolist()
         try:
             group = zarr.open_group(self._group, mode="r")
-            for name, array in self.arrays.items():
+            for name in self.arrays:
                 self._zarr[name] = group[name]
-                came = (self._zarr[name].shape, self._zarr[name].dtype)
-                wanted = ((record.sequences, *self.chunk_shape(array)), array.dtype)
-                if came != wanted:
-                    raise damaged(record.shard, f"array {name} is {came}, its record says {wanted}")
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise damaged(record.shard, f"zarr cannot open it ({error})") from error
 
     def chunk(self, name: str, sequence: int) -> npt.NDArray[Any]:
         """As `ShardReader.chunk`."""
+        array = self.arrays[name]
+        head = frame_head(self._group / array.object_name, self._starts[name][sequence])
+        wanted = math.prod(self.chunk_shape(array)) * array.dtype.itemsize
+        if unfolded_size(head) != wanted:
+            raise damaged(
+                self.record.shard, f"sequence {sequence} of {name} does not unfold to the {wanted} bytes of its record"
+            )
         try:
             return np.asarray(self._zarr[name][sequence])
         except (ValueError, RuntimeError, OSError) as error:

@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import stat
 import types
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from stillroom.storage.errors import FormatError, InputError
 
 MAX_JSON_BYTES: Final = 1 << 20
+SEAL: Final = "sha256"
 T = TypeVar("T")
 
 
 def dumps(value: Any) -> str:
     """The one JSON text of `value`: keys sorted, no float surprises, newline at the end."""
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the one JSON text of `value`, as 64 hex digits."""
+    return hashlib.sha256(dumps(value).encode()).hexdigest()
+
+
+def sealed(data: dict[str, Any]) -> dict[str, Any]:
+    """`data` with its own digest in it, so that no flipped bit of the file goes unnoticed."""
+    rest = {key: value for key, value in data.items() if key != SEAL}
+    return {**rest, SEAL: digest(rest)}
+
+
+def unsealed(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """What was sealed.
+
+    Raises:
+        FormatError: the digest is missing, or of something else.
+    """
+    rest = {key: value for key, value in data.items() if key != SEAL}
+    if SEAL not in data:
+        raise FormatError(f"{where} lacks the key {SEAL!r}: the file is malformed")
+    if data[SEAL] != digest(rest):
+        raise FormatError(
+            f"{where} is not what was written, its own checksum says: restore it from where the cache came"
+        )
+    return rest
 
 
 def loads(text: bytes | str, where: str) -> dict[str, Any]:
@@ -53,10 +84,26 @@ def load_file(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        FormatError: as `loads`.
+        FormatError: as `loads`, or it is a folder, a pipe or a file that can not be read.
     """
-    with path.open("rb") as file:
-        return loads(file.read(MAX_JSON_BYTES + 1), path.name)
+    try:
+        # A pipe would keep us waiting for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FormatError(f"{path.name} is not a file: restore it from where the cache came")
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise FormatError(
+            f"{path.name} cannot be read ({error.strerror}): check its permissions and the disk"
+        ) from error
+    return loads(text, path.name)
+
+
+@lru_cache(maxsize=32)
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def from_json(cls: type[T], data: Any, where: str) -> T:
@@ -75,7 +122,7 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
         raise FormatError(f"{where} has the unknown key {unknown[0]!r}: this version reads {', '.join(sorted(names))}")
     if missing := sorted(names - data.keys()):
         raise FormatError(f"{where} lacks the key {missing[0]!r}: the file is malformed")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     try:
         return cls(**{name: _convert(hints[name], data[name], f"{where}.{name}") for name in data})
     except InputError as error:
@@ -100,7 +147,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     # bool is an int to Python, never to a file of ours
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 1 << 53:
         return float(value)
     raise FormatError(
         f"{where} came as {type(value).__name__}, wanted {getattr(hint, '__name__', hint)}: the file is malformed"

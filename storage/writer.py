@@ -12,14 +12,16 @@ import re
 import secrets
 import shutil
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from stillroom.storage import strict
+from stillroom.storage.background import Background, keep_scratch
 from stillroom.storage.commits import (
     COMMITS,
     SHARDS,
@@ -29,7 +31,7 @@ from stillroom.storage.commits import (
     load_record,
     record_name,
 )
-from stillroom.storage.encode import encode_rows
+from stillroom.storage.encode import EncodedRows, encode_rows
 from stillroom.storage.errors import PlanMismatchError
 from stillroom.storage.files import put_if_absent, sync_directory, write_durably
 from stillroom.storage.manifest import MANIFEST_NAME, Manifest
@@ -50,16 +52,25 @@ def writer_libraries() -> dict[str, str]:
 class CacheWriter:
     """Writes the shards of one cache. Any number of processes may do so at once; a committed shard is never rewritten.
 
+    `write_shard` returns when the shard is committed. `submit` returns at once and does the same on a thread of the writer's,
+    one shard at a time; leave a `with` block, or call `close`, to wait for it:
+
+        with CacheWriter(root, manifest) as writer:
+            writer.submit(index, tokens_SL1, targets, rounding_R3)
+
     Args:
         root: directory of the cache; made if absent.
         manifest: what the cache is. Put as manifest.json unless one is there.
+        waiting: shards that may wait in memory besides the one being written; `submit` blocks while there are more.
 
     Raises:
         PlanMismatchError: the directory belongs to another run.
         FormatError: its manifest cannot be read.
     """
 
-    def __init__(self, root: str | os.PathLike[str], manifest: Manifest) -> None:
+    def __init__(self, root: str | os.PathLike[str], manifest: Manifest, *, waiting: int = 1) -> None:
+        keep_scratch()
+        self._background = Background(waiting)
         self.root = Path(root)
         (self.root / COMMITS).mkdir(parents=True, exist_ok=True)
         (self.root / SHARDS).mkdir(exist_ok=True)
@@ -71,6 +82,37 @@ class CacheWriter:
                 "choose another directory, or the same settings to resume"
             )
         self.collect_orphans(ORPHAN_AGE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        # After an error: finish the shard in hand, drop those that wait; the error goes on.
+        self._background.close(drop=kind is not None)
+
+    def close(self) -> None:
+        """Wait for what was submitted.
+
+        Raises:
+            ValueError, OSError: what `write_shard` raised on the thread.
+        """
+        self._background.close()
+
+    def submit(
+        self,
+        index: int,
+        tokens_SL1: npt.NDArray[np.uint32],
+        targets: SparseTargets,
+        rounding_R3: npt.NDArray[np.float64],
+    ) -> None:
+        """`write_shard`, later. The arrays must not be changed until `close`.
+
+        Raises:
+            ValueError: shapes that do not fit the manifest, at once; values that do not, at the next call.
+            OSError: the disk refused an earlier shard; those after it were dropped.
+        """
+        self._check(index, tokens_SL1, targets, rounding_R3)
+        self._background.submit(partial(self.write_shard, index, tokens_SL1, targets, rounding_R3))
 
     def committed(self) -> set[int]:
         """Indices of the shards that need no more work."""
@@ -110,6 +152,20 @@ class CacheWriter:
             )
             for i in range(0, len(tokens_SL1), step)
         ]
+        return self.write_blocks(index, blocks)
+
+    def write_blocks(self, index: int, blocks: list[EncodedRows]) -> CommitRecord:
+        """As `write_shard`, of rows that are encoded already (an import's, a re-encoding's).
+
+        Args:
+            index: of the shard.
+            blocks: its sequences, in order, encoded as `encode_rows` does.
+
+        Raises:
+            OSError: the disk refused; nothing is committed and the attempt is deleted.
+        """
+        if index in self.committed():
+            return load_record(self.root, self.manifest, index)
         widths = widths_of(blocks)
         attempt = self.root / SHARDS / f"{index:06d}-{secrets.token_hex(8)}.zarr"
         try:
@@ -128,11 +184,12 @@ class CacheWriter:
                 path=f"{SHARDS}/{attempt.name}",
                 start=start,
                 stop=stop,
-                rows=targets.rows,
-                entries=targets.entries,
+                rows=sum(int(block.lengths["row"].sum()) for block in blocks),
+                entries=sum(int(block.lengths["entry"].sum()) for block in blocks),
                 widths=widths,
                 objects=tuple(objects),
                 libraries=writer_libraries(),
+                manifest=self.manifest.identity,
             )
             won = put_if_absent(self.root / record_name(index), strict.dumps(record.to_json()).encode())
         except BaseException:

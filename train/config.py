@@ -19,7 +19,18 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    cache: Path | None = Field(None, description="cache with the tokens and the teacher's targets")
+    cache: Path | str | None = Field(
+        None,
+        description="cache with the tokens and the teacher's targets: a directory, or a URL (s3://, gs://, hf://, https://)",
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="directory of the local copies of a remote cache (unset: stillroom/ in the hub library's cache)",
+    )
+    cache_bytes: int | None = Field(None, ge=1, description="the most bytes of shards kept there (unset: 64 GiB)")
+    window: int | None = Field(
+        None, ge=1, description="shards mixed at a time (unset: all; of a remote cache 8, or what cache_bytes holds)"
+    )
     student: str = Field(
         description="folder with weights, folder or .json file with a configuration only (random weights), or hub id"
     )

@@ -9,7 +9,7 @@ Shapes: `B` sequences, `L` positions, `N` = B * L rows, `S` sequences of the sou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, final
 
@@ -20,9 +20,9 @@ from torch.utils.data import Dataset, Sampler
 
 from stillroom.kernels.targets import SparseTargets
 from stillroom.storage import targets as storage_targets
-from stillroom.storage.cache import Cache
+from stillroom.storage.cache import Cache, Follower
 from stillroom.storage.errors import InputError
-from stillroom.storage.order import permute
+from stillroom.storage.stream import StreamOrder
 
 IGNORED = -100  # label of a row outside the loss mask
 
@@ -64,6 +64,17 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Hash of what the source holds; where it lies plays no part."""
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Sequences of each shard, in the order of their numbers."""
+
+    @property
+    def default_window(self) -> int | None:
+        """How many shards to mix at a time where nothing is said; None: all."""
+
+    def follow(self, order: StreamOrder) -> Follower | None:
+        """Whom to tell where a run stands in `order`, so that its data is fetched ahead; None where it is at hand."""
+
     def __len__(self) -> int: ...
     def __getitems__(self, indices: list[int]) -> Batch: ...
 
@@ -90,6 +101,20 @@ class CacheDataset(Dataset[Batch]):
     def fingerprint(self) -> str:
         """SHA-256 of the manifest's identity fields."""
         return self.cache.manifest.identity
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Sequences of each shard at hand."""
+        return self.cache.lengths
+
+    @property
+    def default_window(self) -> int | None:
+        """None for a cache on disk; for a remote one what its local directory holds."""
+        return self.cache.default_window
+
+    def follow(self, order: StreamOrder) -> Follower | None:
+        """Prefetching of a remote cache."""
+        return self.cache.follow(order)
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -144,6 +169,19 @@ class TokenDataset(Dataset[Batch]):
             digest.update(np.ascontiguousarray(self.tokens_SL1[start : start + 1024], dtype="<u4").data)
         return digest.hexdigest()
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """One run of sequences."""
+        return (len(self),)
+
+    @property
+    def default_window(self) -> None:
+        """All is at hand."""
+        return None
+
+    def follow(self, order: StreamOrder) -> None:
+        """Nothing to fetch."""
+
     def __len__(self) -> int:
         return len(self.tokens_SL1)
 
@@ -156,61 +194,81 @@ class TokenDataset(Dataset[Batch]):
 
 @final
 class OrderSampler(Sampler[list[int]]):
-    """Batches of sequence numbers: the keyed permutation of every epoch, cut into steps, parts and ranks.
+    """Batches of sequence numbers: an order (`order_of`) cut into steps, parts and ranks.
 
-    Step k takes the positions `k * batch_size ... (k + 1) * batch_size - 1` of an endless order in which epoch e is the
-    permutation keyed (seed, e). It is a pure function of k, so a resumed run starts at `first_step` without reading what
-    came before, and neither the number of parts nor of processes changes what a step holds.
+    Step k takes the positions `start + k * batch_size ... start + (k + 1) * batch_size - 1` of the endless order. It is a
+    pure function of k, so a resumed run starts at `first_step` without reading what came before, and neither the number of
+    parts nor of processes changes what a step holds.
 
     Args:
-        size: sequences of the universe, 0 to size - 1.
+        order: which sequence stands where.
         batch_size: sequences per step over all parts and ranks.
         steps: steps of the whole run; `len` counts all their parts, also the skipped ones.
-        seed: key of the order.
         parts: micro-batches per step.
         rank, ranks: this process and how many there are.
         first_step: step to start at.
+        start: position of step 0.
+        follow: `source.follow`, so that a remote source fetches ahead of this sampler.
     """
 
     def __init__(
         self,
-        size: int,
+        order: StreamOrder,
         *,
         batch_size: int,
         steps: int,
-        seed: int,
         parts: int = 1,
         rank: int = 0,
         ranks: int = 1,
         first_step: int = 0,
+        start: int = 0,
+        follow: Callable[[StreamOrder], Follower | None] | None = None,
     ) -> None:
-        self.size = size
+        self.order = order
         self.batch_size = batch_size
         self.steps = steps
-        self.seed = seed
         self.parts = parts
         self.rank = rank
         self.ranks = ranks
         self.first_step = first_step
+        self.start = start
+        self.follow = follow
 
     def __len__(self) -> int:
         return self.steps * self.parts
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first_step, self.steps):
-            for part in np.array_split(self.step(step), self.parts * self.ranks)[self.rank :: self.ranks]:
-                yield part.tolist()
+        follower = None if self.follow is None else self.follow(self.order)
+        try:
+            for step in range(self.first_step, self.steps):
+                if follower is not None:
+                    follower.advance(self.start + step * self.batch_size)
+                for part in np.array_split(self.step(step), self.parts * self.ranks)[self.rank :: self.ranks]:
+                    yield part.tolist()
+        finally:
+            if follower is not None:
+                follower.close()
 
     def step(self, step: int) -> npt.NDArray[np.int64]:
         """Sequence numbers of one step, `[batch_size]`."""
-        position_P = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epoch_P, within_P = np.divmod(position_P, self.size)
-        return np.concatenate(
-            [
-                permute(within_P[epoch_P == epoch], size=self.size, seed=self.seed, epoch=int(epoch))
-                for epoch in np.unique(epoch_P)
-            ]
-        )
+        first = self.start + step * self.batch_size
+        return self.order.sequences(first, first + self.batch_size)
+
+
+def order_of(source: Source, *, seed: int, window: int | None = None, sequences: int | None = None) -> StreamOrder:
+    """The order in which a run reads `source`.
+
+    Args:
+        source: what is read.
+        seed: key of the order.
+        window: shards mixed at a time; None: all of them, or what the local directory of a remote cache holds.
+        sequences: read only the first so many sequences.
+
+    Raises:
+        InputError: no sequence, or a window of less than one shard.
+    """
+    window = source.default_window if window is None else window
+    return StreamOrder(source.lengths, seed=seed, window=window, sequences=sequences)
 
 
 def as_is(batch: Batch) -> Batch:

@@ -16,7 +16,7 @@ import torch
 from stillroom.storage.cache import Cache, open_cache
 from stillroom.storage.errors import InputError
 from stillroom.train.config import MissingMass, TrainConfig
-from stillroom.train.data import CacheDataset, Source, TokenDataset
+from stillroom.train.data import CacheDataset, Source, TokenDataset, order_of
 from stillroom.train.optim import fast_bfloat16
 from stillroom.train.student import ModelInfo, check_length, check_tokenizers, find_model, find_tokenizer
 
@@ -26,6 +26,8 @@ PARTIAL_KINDS: Final = ("top_k", "top_p")  # their targets do not sum to one
 NOT_IDENTITY: Final = {
     "out",
     "cache",
+    "cache_dir",
+    "cache_bytes",
     "epochs",
     "max_sequences",
     "resume",
@@ -87,7 +89,9 @@ def make_plan(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -
     teacher = None if config.teacher is None else find_model(config.teacher, role="teacher")
     if teacher is not None and not teacher.has_weights:
         raise InputError(f"teacher {teacher.name} has a configuration but no weights: give a trained model")
-    cache = None if config.cache is None else open_cache(config.cache, logp=False)  # forward KL needs the weights only
+    cache = None
+    if config.cache is not None:  # forward KL needs the weights only
+        cache = open_cache(config.cache, columns=("tokens",), cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
     source: Source
     if cache is None:
         assert tokens_SL1 is not None
@@ -112,8 +116,11 @@ def make_plan(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -
     sequences = min(len(source), config.max_sequences or len(source))
     if config.max_sequences is not None and config.max_sequences > sequences:
         notes.append(f"max_sequences is {config.max_sequences}, but there are only {sequences} sequences")
+    resolved = _resolve(config, sequences, source.default_window)
+    # Now, not after the folder is made: it refuses a window for which the local directory has no room.
+    source.follow(order_of(source, seed=config.seed, window=resolved.window, sequences=sequences))
     return Plan(
-        config=_resolve(config, sequences),
+        config=resolved,
         source=source,
         cache=cache,
         student=student,
@@ -196,7 +203,7 @@ def _tokenizer(config: TrainConfig, cache: Cache | None, student: ModelInfo, tea
     return at_cache or at_student or at_teacher
 
 
-def _resolve(config: TrainConfig, sequences: int) -> TrainConfig:
+def _resolve(config: TrainConfig, sequences: int, window: int | None) -> TrainConfig:
     steps = config.steps if config.steps is not None else int(config.epochs * sequences / config.batch_size + 1e-9)
     if steps < 1:
         raise InputError(
@@ -208,5 +215,10 @@ def _resolve(config: TrainConfig, sequences: int) -> TrainConfig:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = "bfloat16" if fast_bfloat16(device) else "float32"
     decay = config.weight_decay if config.weight_decay is not None else DEFAULT_WEIGHT_DECAY[config.optimizer]
-    settled = {"steps": steps, "dtype": dtype, "weight_decay": decay, "lr": config.lr or DEFAULT_LR[config.optimizer]}
+    settled: dict[str, Any] = {
+        "steps": steps,
+        "dtype": dtype,
+        "weight_decay": decay,
+        "lr": config.lr or DEFAULT_LR[config.optimizer],
+    }
     return config.model_copy(update=settled)

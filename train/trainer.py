@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from stillroom.storage.errors import InputError
 from stillroom.train.config import TrainConfig
-from stillroom.train.data import Batch, OrderSampler, Source
+from stillroom.train.data import Batch, OrderSampler, Source, order_of
 from stillroom.train.folder import RunFolder, mark_complete
 from stillroom.train.loss import Objective
 from stillroom.train.optim import BETAS, make_optimizer, rate_multiplier
@@ -79,15 +79,16 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of this process, from `first_step` on."""
+        config = self.run_config
         order = OrderSampler(
-            self.sequences,
-            batch_size=self.run_config.batch_size,
+            order_of(self.source, seed=config.seed, window=config.window, sequences=self.sequences),
+            batch_size=config.batch_size,
             steps=self.args.max_steps,
-            seed=self.run_config.seed,
-            parts=self.run_config.grad_accumulation,
+            parts=config.grad_accumulation,
             rank=self.args.process_index,
             ranks=self.args.world_size,
             first_step=self.first_step,
+            follow=self.source.follow,
         )
         # A generator of its own: the loader would otherwise draw a seed from the global one, and dropout after a resume
         # would differ.

@@ -95,6 +95,12 @@ class Weigher:
         self._weights = torch.empty(self.group_rows, self.padded, device=device)
         self._buffers = [torch.empty(self.chunk_rows, self.padded, device=device) for _ in range(3)]
         self._wide = torch.empty(self.chunk_rows, self.padded, dtype=torch.float64, device=device)
+        # PyTorch makes a tensor of every Python number in every call, 3 us each: made once here
+        self._lowest, self._round, *self._coefficients = (
+            torch.tensor(value, dtype=torch.float32, device=device)
+            for value in (_LOWEST, _ROUND + _EXPONENT, *_COEFFICIENTS)
+        )
+        self._mantissa_bits = torch.tensor(23, dtype=torch.int32, device=device)
 
     def __call__(self, logits_GV: Tensor, top_G1: Tensor, exponent: float = 1.0) -> Weights:
         """Weights of softmax(exponent * logits).
@@ -108,12 +114,13 @@ class Weigher:
         weights_GP = self._weights[:rows]
         blocks_GB = weights_GP.new_empty(rows, self.padded // self.per_block, dtype=torch.int64)
         moment_G = weights_GP.new_empty(rows, dtype=torch.int64)
+        rate = torch.tensor(exponent * LOG2E, dtype=torch.float32, device=weights_GP.device)
         for start in range(0, rows, self.chunk_rows):
             chunk = slice(start, min(rows, start + self.chunk_rows))
             power_CP = self._buffers[0][: chunk.stop - start]
             torch.sub(logits_GV[chunk], top_G1[chunk], out=power_CP[:, : self.vocabulary])
             power_CP[:, self.vocabulary :] = _LOWEST
-            power_CP.mul_(exponent * LOG2E).clamp_(min=_LOWEST)
+            torch.maximum(power_CP.mul_(rate), self._lowest, out=power_CP)
             weights_CP = self._exp2(power_CP, weights_GP[chunk])
             blocks_GB[chunk] = self._block_sums(weights_CP)  # whole numbers below 2**53: exact
             moment_G[chunk] = -self._block_sums(power_CP.mul_(weights_CP).floor_()).to(torch.int64).sum(1)
@@ -122,14 +129,14 @@ class Weigher:
     def _exp2(self, power_CP: Tensor, weights_CP: Tensor) -> Tensor:
         """floor(UNIT * 2**power) for powers in [-40, 0], one float32 operation at a time."""
         scale_CP, fraction_CP = (buffer[: len(power_CP)] for buffer in self._buffers[1:])
-        torch.add(power_CP, _ROUND + _EXPONENT, out=scale_CP)
-        torch.sub(scale_CP, _ROUND + _EXPONENT, out=fraction_CP)
+        torch.add(power_CP, self._round, out=scale_CP)
+        torch.sub(scale_CP, self._round, out=fraction_CP)
         torch.sub(power_CP, fraction_CP, out=fraction_CP)  # in [-1/2, 1/2], exact
-        torch.add(fraction_CP, _COEFFICIENTS[-1], out=weights_CP)
-        for coefficient in _COEFFICIENTS[-2::-1]:
+        torch.add(fraction_CP, self._coefficients[-1], out=weights_CP)
+        for coefficient in self._coefficients[-2::-1]:
             weights_CP.mul_(fraction_CP).add_(coefficient)
         # the low bits of `scale` are the whole part plus _EXPONENT: shifted, they add to the exponent field
-        weights_CP.view(torch.int32).add_(scale_CP.view(torch.int32).bitwise_left_shift_(23))
+        weights_CP.view(torch.int32).add_(scale_CP.view(torch.int32).bitwise_left_shift_(self._mantissa_bits))
         return weights_CP.floor_()
 
     def _block_sums(self, values_CP: Tensor) -> Tensor:

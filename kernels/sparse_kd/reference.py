@@ -20,7 +20,6 @@ from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from stillroom.kernels.sparse_kd.divergence import DIVERGENCES, Divergence
 from stillroom.kernels.sparse_kd.rows import Block, block_loss
@@ -28,7 +27,10 @@ from stillroom.kernels.targets import SparseTargets
 
 MISSING_MASS: Final = ("truncate", "renormalise_teacher", "renormalise_both", "tail_bucket")
 IGNORE_LABEL: Final = -100
-BLOCK_ELEMENTS: Final = 1 << 20  # logits in work at a time, 4 MiB
+# Logits in work at a time: 16 MiB where they need working memory. Where they need none, steps are longer, because threads
+# wait for each other at the end of every operation, and on a busy machine that is what takes the time.
+BLOCK_ELEMENTS: Final = 1 << 22
+DIRECT_ELEMENTS: Final = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +124,10 @@ class _SparseKD(torch.autograd.Function):
         if wanted:
             grad_NV = logits_NV if inplace else torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
         kd_N, ce_N = _loss_and_gradient(logits_NV, problem, grad_NV)
-        row_N = torch.where(
-            problem.weight_N != 0, (1.0 - problem.alpha) * kd_N.double() + problem.alpha * ce_N.double(), 0.0
-        )
+        row_N = torch.zeros_like(kd_N, dtype=torch.float64)
+        for share, part_N in ((1.0 - problem.alpha, kd_N), (problem.alpha, ce_N)):
+            if share:  # else a label or target the student excludes would make 0 * inf of it
+                row_N += share * part_N.double()
         loss = (problem.weight_N.double() * row_N).sum().to(kd_N.dtype)
         if grad_NV is not None:
             ctx.save_for_backward(grad_NV)
@@ -132,8 +135,9 @@ class _SparseKD(torch.autograd.Function):
         return loss, kd_N, ce_N
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # create_graph=True: the gradient would silently pass for a constant
+            raise RuntimeError("sparse_kd_loss has no second derivative: call backward without create_graph")
         (grad_NV,) = ctx.saved_tensors
         grad_NV, scale = grad_NV.detach(), float(upstream)  # a Python number: half precision must not round it first
         return (grad_NV if scale == 1.0 else grad_NV * scale), None, None, None
@@ -142,10 +146,11 @@ class _SparseKD(torch.autograd.Function):
 def _loss_and_gradient(logits_NV: Tensor, problem: _Problem, grad_NV: Tensor | None) -> tuple[Tensor, Tensor]:
     """KD and CE of every row; the gradient goes to `grad_NV`, which may be the logits themselves."""
     rows, vocabulary = logits_NV.shape
-    step = max(1, BLOCK_ELEMENTS // max(1, vocabulary))
     compute = problem.weight_N.dtype
     kd_N, ce_N = logits_NV.new_zeros(2, rows, dtype=compute)
     direct = grad_NV is not None and grad_NV is not logits_NV and grad_NV.dtype == compute
+    elements = DIRECT_ELEMENTS if direct and problem.missing != "tail_bucket" else BLOCK_ELEMENTS
+    step = max(1, elements // vocabulary)
     scratch_RV = None if direct else logits_NV.new_empty(min(step, rows), vocabulary, dtype=compute)
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))

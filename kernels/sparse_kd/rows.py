@@ -36,8 +36,9 @@ class Block:
     ce_scale_R: Tensor
 
     def sum_rows(self, value_E: Tensor) -> Tensor:
-        """Sum of the entries of each row, `[R]`."""
-        return value_E.new_zeros(len(self.label_R)).index_add_(0, self.row_E, value_E)
+        """Sum of the entries of each row, `[R]`; added up in float64, one after the other in float32 loses digits."""
+        sum_R = value_E.new_zeros(len(self.label_R), dtype=torch.float64)
+        return sum_R.index_add_(0, self.row_E, value_E.double()).to(value_E.dtype)
 
     def max_rows(self, value_E: Tensor) -> Tensor:
         """Largest entry of each row, -inf for a row without entries, `[R]`."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -140,7 +139,7 @@ def test_whole_number_arithmetic_where_products_overflow() -> None:
     for kind in ("threshold", "systematic"):
         targets = _sample(logits_NV, kind, draws)
         assert targets.ids.tolist() == wanted
-        assert targets.weights.unique().tolist() == [1 / draws]
+        assert set(targets.weights.tolist()) == {1 / draws}
 
 
 def _weights(logits_NV: torch.Tensor, exponent: float = 1.0) -> torch.Tensor:
@@ -161,14 +160,6 @@ def test_weights_are_the_exponential(exponent: float) -> None:
 # ---- the same rows cut up, moved and stored in other ways ----------------------------------------------------------
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_split_order_threads_and_strides_change_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, vocabulary = 41, 1003  # 1003 leaves every row at another alignment
@@ -188,13 +179,13 @@ def test_batch_split_order_threads_and_strides_change_no_bit(kind: str, monkeypa
     order = torch.randperm(rows, generator=generator)
     assert _take(run(order), order.argsort().tolist()) == truth
     for sizes in ([1] * rows, [5, 1, 30, 5], [40, 1]):
-        parts = [run(index) for index in torch.arange(rows).split(sizes)]
+        parts = [run(index) for index in torch.split(torch.arange(rows), sizes)]
         assert [row for part in parts for row in _take(part, list(range(part.rows)))] == truth
     padded_NV = torch.full((rows, vocabulary + 6), 5.0)
     padded_NV[:, 3:-3] = logits_NV
     _assert_same(run(torch.arange(rows), padded_NV[:, 3:-3]), everything)
     _assert_same(run(torch.arange(rows), logits_NV.t().contiguous().t()), everything)
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     _assert_same(run(torch.arange(rows)), everything)
     for block, group, chunk in ((16, 1, 1), (256, 1 << 12, 1 << 11), (1024, 1 << 16, 1 << 13)):
         monkeypatch.setattr(weights_module, "block_ids", lambda _, block=block: block)
@@ -208,7 +199,10 @@ def test_seed_sequence_and_row_all_matter() -> None:
     row_N = torch.arange(50)
     base = _sample(logits_NV, sequence_N=torch.zeros(50, dtype=torch.int64), row_N=row_N)
     assert len({tuple(ids) for ids, _ in _rows(base)}) > 45
-    for change in (dict(seed=12), dict(sequence_N=torch.ones(50, dtype=torch.int64)), dict(row_N=row_N + 50)):
+    changes: list[dict[str, Any]] = [
+        dict(seed=12), dict(sequence_N=torch.ones(50, dtype=torch.int64)), dict(row_N=row_N + 50)
+    ]  # fmt: skip
+    for change in changes:
         other = _sample(logits_NV, **{"sequence_N": torch.zeros(50, dtype=torch.int64), "row_N": row_N, **change})
         assert not torch.equal(other.ids, base.ids)
 

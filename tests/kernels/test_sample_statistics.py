@@ -97,7 +97,7 @@ def _noise(kind: str, p: Array) -> float:
     """Sum over ids of the variance of one row's estimate."""
     if kind == "random":
         return float((1 - (p**2).sum()) / DRAWS)
-    certain, chance, _, value = _laws(kind, p, 1)
+    _, chance, _, value = _laws(kind, p, 1)
     return float((value**2 * chance * (1 - chance)).sum())
 
 

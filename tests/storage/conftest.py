@@ -10,9 +10,19 @@ _spec = importlib.util.spec_from_file_location("storage_made", Path(__file__).wi
 _made = importlib.util.module_from_spec(_spec)
 sys.modules["storage_made"] = _made
 _spec.loader.exec_module(_made)
+_spec = importlib.util.spec_from_file_location("storage_stores", Path(__file__).with_name("stores.py"))
+_stores = importlib.util.module_from_spec(_spec)
+sys.modules["storage_stores"] = _stores
+_spec.loader.exec_module(_stores)
 
 
 @pytest.fixture(scope="session")
 def made():
     """The module that makes small caches (`made.py`)."""
     return _made
+
+
+@pytest.fixture(scope="session")
+def stores():
+    """The module of servers on loopback (`stores.py`)."""
+    return _stores

@@ -107,6 +107,8 @@ def shard_data(cache_manifest: Manifest, index: int, empty_rows: bool = True):
     rows = (stop - start) * cache_manifest.packing.seq_len
     p_RV = teacher(rng, rows, cache_manifest.vocab_size)
     tokens = rng.integers(0, cache_manifest.vocab_size, (stop - start, cache_manifest.packing.seq_len + 1))
+    seam = np.arange(start, stop + 1) * 7919 % cache_manifest.vocab_size  # a sequence starts where the one before ends
+    tokens[:, 0], tokens[:, -1] = seam[:-1], seam[1:]
     return tokens.astype(np.uint32), targets(cache_manifest.sampler, p_RV, rng, empty_rows), rng.random((rows, 3))
 
 

@@ -11,6 +11,7 @@ import numcodecs
 import numpy as np
 import pytest
 
+from stillroom.storage import strict
 from stillroom.storage.cache import open_cache
 from stillroom.storage.errors import DamagedError, FormatError
 from stillroom.storage.spec import SamplerSpec
@@ -58,7 +59,7 @@ def assert_damaged(root, reader, match=REMEDY):
 
 def set_record(root, **changes):
     path = root / "commits/000001.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(strict.sealed(json.loads(path.read_text()) | changes)))  # as a forger would
 
 
 def rewrite(root, shard: Path, array: str, change, *, crc=True):
@@ -155,6 +156,7 @@ def test_a_record_missing_after_opening(broken):
         {"widths": {"entry": 8, "head": 8}},
         {"objects": []},
         {"objects": [{"name": "../../manifest.json", "size_bytes": 3, "sha256": "0" * 64}]},
+        {"manifest": "0" * 64},
         {"surprise": 1},
         {"shard": True},
         {"libraries": {"numpy": 2}},

@@ -37,7 +37,9 @@ def test_differences_are_of_identity_only(manifest):
         libraries={"a": "1"},
     )
     assert manifest.differences(other) == []
+    assert manifest.identity == other.identity
     other = replace(manifest, teacher=replace(manifest.teacher, fingerprint="x"), sequences=8, vocab_size=299)
+    assert manifest.identity != other.identity
     assert [line.split(":")[0] for line in manifest.differences(other)] == [
         "teacher.fingerprint",
         "vocab_size",
@@ -69,9 +71,23 @@ def test_differences_are_of_identity_only(manifest):
 def test_malformed_manifests_name_the_key(manifest, tmp_path, change, message):
     data = json.loads(strict.dumps(manifest.to_json()))
     change(data)
-    (tmp_path / "manifest.json").write_text(json.dumps(data))
+    (tmp_path / "manifest.json").write_text(json.dumps(strict.sealed(data)))
     with pytest.raises(FormatError, match=message):
         open_cache(tmp_path)
+
+
+def test_a_changed_manifest_is_refused(manifest, tmp_path):
+    # A legal value in the place of another: nothing but the seal can tell.
+    for change in (
+        lambda d: d["sampler"].update(draws=65),
+        lambda d: d["teacher"].update(name="x"),
+        lambda d: d.pop("sha256"),
+    ):
+        data = json.loads(strict.dumps(manifest.to_json()))
+        change(data)
+        (tmp_path / "manifest.json").write_text(json.dumps(data))
+        with pytest.raises(FormatError, match=r"its own checksum|lacks the key 'sha256'"):
+            open_cache(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from stillroom.storage.cache import open_cache
 from stillroom.storage.errors import InputError
-from stillroom.train.data import CacheDataset, OrderSampler, TokenDataset, as_is
+from stillroom.storage.stream import StreamOrder
+from stillroom.train.data import CacheDataset, OrderSampler, TokenDataset, as_is, order_of
 
 
 def test_a_cache_batch_holds_tokens_labels_and_targets_of_its_rows(cache: Path) -> None:
@@ -38,7 +39,7 @@ def test_tokens_only_from_a_cache(cache: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_fetches_whole_batches(cache: Path, workers: int) -> None:
     source = CacheDataset(open_cache(cache))
-    order = OrderSampler(len(source), batch_size=8, steps=3, seed=1)
+    order = OrderSampler(order_of(source, seed=1), batch_size=8, steps=3)
     loader = DataLoader(source, batch_sampler=order, collate_fn=as_is, num_workers=workers)
     batches = list(loader)
     assert [b.tokens_BL.shape for b in batches] == [(8, source.seq_len)] * 3
@@ -46,21 +47,22 @@ def test_a_loader_fetches_whole_batches(cache: Path, workers: int) -> None:
 
 
 def test_every_epoch_is_a_permutation_and_no_two_are_alike() -> None:
-    order = OrderSampler(20, batch_size=5, steps=8, seed=3)
+    order = OrderSampler(StreamOrder([20], seed=3), batch_size=5, steps=8)
     drawn = np.concatenate([order.step(k) for k in range(8)])
     first, second = drawn[:20], drawn[20:]
     assert sorted(first) == sorted(second) == list(range(20))
     assert list(first) != list(second)
     assert list(first) != list(
-        np.concatenate([OrderSampler(20, batch_size=5, steps=4, seed=4).step(k) for k in range(4)])
+        np.concatenate([OrderSampler(StreamOrder([20], seed=4), batch_size=5, steps=4).step(k) for k in range(4)])
     )
 
 
 @pytest.mark.parametrize(("parts", "ranks"), [(1, 1), (3, 1), (2, 2), (1, 4)])
 def test_parts_and_ranks_cut_a_step_but_do_not_change_it(parts: int, ranks: int) -> None:
-    whole = OrderSampler(13, batch_size=8, steps=4, seed=0)
+    whole = OrderSampler(StreamOrder([13], seed=0), batch_size=8, steps=4)
     cuts = [
-        list(OrderSampler(13, batch_size=8, steps=4, seed=0, parts=parts, rank=r, ranks=ranks)) for r in range(ranks)
+        list(OrderSampler(StreamOrder([13], seed=0), batch_size=8, steps=4, parts=parts, rank=r, ranks=ranks))
+        for r in range(ranks)
     ]
     for step in range(4):
         held = [i for mine in cuts for part in mine[step * parts : (step + 1) * parts] for i in part]
@@ -68,8 +70,8 @@ def test_parts_and_ranks_cut_a_step_but_do_not_change_it(parts: int, ranks: int)
 
 
 def test_a_resumed_order_goes_on_where_it_was() -> None:
-    whole = list(OrderSampler(13, batch_size=4, steps=9, seed=0, parts=2))
-    resumed = OrderSampler(13, batch_size=4, steps=9, seed=0, parts=2, first_step=5)
+    whole = list(OrderSampler(StreamOrder([13], seed=0), batch_size=4, steps=9, parts=2))
+    resumed = OrderSampler(StreamOrder([13], seed=0), batch_size=4, steps=9, parts=2, first_step=5)
     assert list(resumed) == whole[10:]
     assert len(resumed) == len(whole)  # the Trainer counts the run by it
 

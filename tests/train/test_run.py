@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from stillroom.storage.cache import open_cache
 from stillroom.storage.errors import InputError
+from stillroom.storage.stream import StreamOrder
 from stillroom.train.config import TrainConfig
 from stillroom.train.data import OrderSampler
 from stillroom.train.folder import RunFolder
@@ -57,7 +58,7 @@ def test_it_is_the_loop_one_would_write_by_hand(settings: Settings, cache: Path,
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
     opened = open_cache(cache)
-    losses, order = [], OrderSampler(len(opened), batch_size=8, steps=steps, seed=0)
+    losses, order = [], OrderSampler(StreamOrder([len(opened)], seed=0), batch_size=8, steps=steps)
     for step in range(steps):
         factor = (step + 1) / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / (steps - 3)))
         for group in optimizer.param_groups:

@@ -1,0 +1,113 @@
+"""The stored arrays of several sequences, brought together for the decoder: padding gone, ids joined.
+
+Zstandard frames of all arrays and sequences are put end to end and unfolded by one call: the codec's set-up costs as much
+as a small frame.
+
+Shapes: `B` sequences, `E` entries of all of them, `P` bit planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stillroom.storage.commits import damaged
+from stillroom.storage.layout import ArraySpec
+from stillroom.storage.readers import DirectReader, ShardReader
+
+Array = npt.NDArray[Any]
+Column = Literal["tokens", "logp", "label_logp", "entropy"]
+COLUMNS: Final[tuple[Column, ...]] = ("tokens", "logp", "label_logp", "entropy")
+_LOGP_ARRAYS: Final = ("logp", "logp_tail")
+
+
+def needed(arrays: Iterable[ArraySpec], columns: Collection[str]) -> list[str]:
+    """Names of the arrays that ids, weights and `columns` are decoded from."""
+    plan = {array.name: array for array in arrays}
+    skip = {name for name in ("tokens", "label_logp", "entropy") if name not in columns}
+    if "logp" not in columns:
+        skip |= {"logp_tail"} | ({"logp"} if "kept" not in plan else set())
+    return [name for name in plan if name not in skip]
+
+
+def gather(places: list[tuple[ShardReader, int]], names: list[str], high_bits: int) -> dict[str, Array]:
+    """Flat arrays of the sequences at `places`, one after the other, as `decode_rows` takes them.
+
+    Args:
+        places: reader and sequence within its shard; all of one cache.
+        names: of the arrays wanted, ids and `n` among them.
+        high_bits: bits of an id above the low 16.
+
+    Raises:
+        DamagedError: bytes are not what they were, or a sequence claims more than it has.
+    """
+    chunks = _chunks(places, names)
+    lengths = [_lengths(place, {name: chunks[name][i] for name in chunks}) for i, place in enumerate(places)]
+    runs = {array.name: array.run for array in places[0][0].arrays.values()}
+    raw: dict[str, Array] = {}
+    for name in names:
+        if name in ("id_lo", "id_hi"):
+            continue
+        run = runs[name]
+        parts = [chunk[: length[run]] if run in length else chunk for chunk, length in zip(chunks[name], lengths)]
+        raw[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    entries = [length["entry"] for length in lengths]
+    raw["id"] = _join_ids(chunks["id_lo"], chunks["id_hi"] if high_bits else [], entries, high_bits)
+    return raw
+
+
+def _lengths(place: tuple[ShardReader, int], chunks: dict[str, Array]) -> dict[str, int]:
+    """Elements of every ragged run of one sequence."""
+    reader, sequence = place
+    lengths = {"entry": int(chunks["n"].sum(dtype=np.int64))}
+    if "n_head" in chunks:
+        lengths["head"] = int(chunks["n_head"].sum(dtype=np.int64))
+        lengths["tail"] = lengths["entry"] - lengths["head"]
+    elif "count" in chunks:
+        lengths["head"] = int(np.count_nonzero(chunks["count"]))
+    for run, length in lengths.items():
+        if not 0 <= length <= getattr(reader.record.widths, run):
+            raise damaged(reader.record.shard, f"sequence {sequence} claims {length} {run} elements, more than it has")
+    return lengths
+
+
+def _join_ids(low: list[Array], high: list[Array], entries: list[int], planes: int) -> npt.NDArray[np.int32]:
+    code_E = np.empty(sum(entries), "<i4")
+    third_E = code_E.view(np.uint8)[2::4]  # the third byte of every little-endian int32
+    start = 0
+    for i, count in enumerate(entries):
+        code_E[start : start + count] = low[i][:count]
+        if planes:
+            bits_PE = np.unpackbits(high[i], axis=1, count=count, bitorder="little")
+            for plane in range(1, planes):
+                bits_PE[0] |= bits_PE[plane] << plane
+            third_E[start : start + count] = bits_PE[0]
+        start += count
+    return code_E
+
+
+def _chunks(places: list[tuple[ShardReader, int]], names: list[str]) -> dict[str, list[Array]]:
+    """Padded chunks by array, in the order of `places`."""
+    readers = [reader for reader, _ in places]
+    direct = [reader for reader in readers if isinstance(reader, DirectReader)]
+    if len(direct) < len(readers):
+        return {name: [reader.chunk(name, sequence) for reader, sequence in places] for name in names}
+    frames = [
+        reader.frame(name, sequence) for name in names for reader, (_, sequence) in zip(direct, places, strict=True)
+    ]
+    size = sum(frame.nbytes for frame in frames)
+    try:
+        data = pa.Codec("zstd").decompress(b"".join([frame.data for frame in frames]), size)
+    except (OSError, pa.ArrowException):  # one by one names the one that is damaged
+        return {name: [reader.chunk(name, sequence) for reader, sequence in places] for name in names}
+    chunks: dict[str, list[Array]] = {name: [] for name in names}
+    start = 0
+    for index, frame in enumerate(frames):
+        elements = np.frombuffer(data, frame.dtype, frame.count, start)
+        chunks[names[index // len(places)]].append(elements if len(frame.shape) == 1 else elements.reshape(frame.shape))
+        start += frame.nbytes
+    return chunks

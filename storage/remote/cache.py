@@ -1,0 +1,316 @@
+"""`open_remote`: a cache behind a URL, read through the bounded local directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import weakref
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, final
+
+import pyarrow as pa
+
+from stillroom.storage import strict
+from stillroom.storage.cache import Cache, SequenceBatch
+from stillroom.storage.commits import COMMITS, CommitRecord, damaged, parse_record, record_name
+from stillroom.storage.errors import CacheError, DamagedError, FormatError, InputError, NotACacheError
+from stillroom.storage.gather import COLUMNS, Column
+from stillroom.storage.index import INDEX_NAME, Index
+from stillroom.storage.manifest import MANIFEST_NAME, Manifest
+from stillroom.storage.readers import READERS, ReaderName, ShardReader
+from stillroom.storage.remote.fetch import download, intact
+from stillroom.storage.remote.local import Lease, LocalShards
+from stillroom.storage.remote.place import Place
+from stillroom.storage.remote.prefetch import Prefetcher
+from stillroom.storage.remote.retry import RetryPolicy
+from stillroom.storage.stream import StreamOrder
+
+DEFAULT_CACHE_BYTES: Final = 64 << 30
+DEFAULT_WINDOW: Final = 8
+DEFAULT_RETRY: Final = RetryPolicy()
+_MOST_OPEN: Final = 24
+_TOKENIZER: Final = "tokenizer"
+_TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RECORD: Final = re.compile(r"(\d{6,12})\.json")
+
+
+@final
+class RemoteCache(Cache):
+    """A cache behind a URL. As `Cache`, but the shards that are read are here only while they are needed.
+
+    Attributes:
+        name: its URL without credentials.
+        path: the local directory, which holds some of its shards.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        manifest: Manifest,
+        shards: list[int],
+        reader: ReaderName,
+        columns: Collection[Column],
+        *,
+        local: LocalShards,
+        index: Index | None,
+    ) -> None:
+        super().__init__(local.root, manifest, shards, reader, columns)
+        self.name: Final = place.name
+        self.local: Final = local
+        self._place: Final = place
+        self._index = index
+        self._indexed: Final = index is not None
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_index": None}
+
+    def read(self, indices: Iterable[int]) -> SequenceBatch:
+        """As `Cache.read`; a shard whose local copy went bad on the disk is fetched again.
+
+        Raises:
+            IndexError: there is no such sequence.
+            DamagedError: a shard is damaged where it comes from.
+            CacheError: the store kept failing, or there is no room.
+        """
+        wanted = [int(index) for index in indices]
+        try:
+            return super().read(wanted)
+        except DamagedError:
+            if not self._heal({self.shard_of(index) for index in wanted}):
+                raise
+            return super().read(wanted)
+
+    def record(self, shard: int) -> CommitRecord:
+        """Commit record of a shard, from the index or from the store.
+
+        Raises:
+            DamagedError: it is missing or malformed.
+        """
+        if shard not in self._records:
+            index = self._open_index()
+            try:
+                self._records[shard] = index.record(shard) if index is not None else self._fetch_record(shard)
+            except (KeyError, DamagedError):
+                self._records[shard] = self._fetch_record(shard)
+        return self._records[shard]
+
+    def follow(self, order: StreamOrder) -> Prefetcher:
+        """Fetch ahead of a run that reads in `order`; tell it where the run is with `advance`.
+
+        Raises:
+            InputError: two windows of the order do not fit in the local directory.
+        """
+        fits, cap = self.fitting_shards(), f"cache_bytes={self.local.cap_bytes:,}"
+        if order.window < order.shards and 2 * order.window > fits:
+            raise InputError(
+                f"a window of {order.window} shards wants room for {2 * order.window}, and {cap} holds {fits}: raise "
+                "cache_bytes or lower the window"
+            )
+        if order.window == order.shards and order.shards > fits:
+            raise InputError(
+                f"an order over all {order.shards} shards wants them all at once, and {cap} holds {fits}: give a window of at "
+                f"most {max(1, fits // 2)} shards, or raise cache_bytes"
+            )
+        return Prefetcher(order, self.shards, self._prefetch)
+
+    def fitting_shards(self) -> int:
+        """How many shards the local directory holds."""
+        largest = self._index.largest_bytes if self._index is not None else self.record(self.shards[0]).size_bytes
+        return self.local.cap_bytes // largest
+
+    @property
+    def default_window(self) -> int | None:
+        """Shards mixed at a time where nothing is said: 8, fewer if the local directory holds fewer than three times that."""
+        fits = self.fitting_shards()
+        return None if fits >= len(self.shards) else max(1, min(DEFAULT_WINDOW, fits // 3))
+
+    def _open_shard(self, shard: int) -> ShardReader:
+        record, lease = self._lease(shard)
+        try:
+            reader = READERS[self._reader](self.path, self.manifest, record)
+        except BaseException:
+            lease.release()
+            raise
+        weakref.finalize(reader, lease.release)
+        return reader
+
+    def _shard(self, shard: int) -> ShardReader:
+        if self._pid != os.getpid():  # after a fork: the parent's leases are not ours
+            self._pid = os.getpid()
+            self._open.clear()
+        if shard not in self._open:
+            most = max(1, min(_MOST_OPEN, self.local.cap_bytes // (2 * self.record(shard).size_bytes)))
+            while len(self._open) >= most:  # before the next one asks for room
+                self._open.popitem(last=False)
+        return super()._shard(shard)
+
+    def _lease(self, shard: int, keep: Collection[int] = (), *, wait: bool = True) -> tuple[CommitRecord, Lease]:
+        record = self.record(shard)
+        paths = [self.record(other).path for other in keep]
+        try:
+            return record, self.local.lease(record, self._download, keep=paths, wait=wait)
+        except DamagedError:
+            fresh = self._fetch_record(shard)  # the shard may have been made again since the index was written
+            if fresh == record:
+                raise
+            self._records[shard] = fresh
+            return fresh, self.local.lease(fresh, self._download, keep=paths, wait=wait)
+
+    def _prefetch(self, shard: int, keep: Collection[int]) -> None:
+        self._lease(shard, keep, wait=False)[1].release()
+
+    def _download(self, record: CommitRecord, folder: Path) -> None:
+        download(self._place, record, folder)
+
+    def _heal(self, shards: set[int]) -> bool:
+        """Drop the local copies that are not what was fetched; True if there were any."""
+        bad = [record for record in map(self.record, shards) if not intact(record, self.path)]
+        for record in bad:
+            self._open.pop(record.shard, None)
+            self.local.evict(record)
+        return bool(bad)
+
+    def _fetch_record(self, shard: int) -> CommitRecord:
+        return _fetch_record(self._place, self.manifest, shard)
+
+    def _index_of_all(self) -> Index | None:
+        index = self._open_index()
+        return index if index is not None and tuple(index.shards.tolist()) == self.shards else None
+
+    def _open_index(self) -> Index | None:
+        if self._index is None and self._indexed:  # in a worker: from the local copy
+            try:
+                self._index = Index(pa.memory_map(str(self.path / INDEX_NAME)).read_buffer(), self.manifest)
+            except (OSError, FormatError):
+                return None
+        return self._index
+
+
+def open_remote(
+    url: str,
+    *,
+    partial: bool = False,
+    reader: ReaderName = "direct",
+    columns: Collection[Column] = COLUMNS,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    storage_options: Mapping[str, Any] | None = None,
+) -> RemoteCache:
+    """Open the cache behind `url`; see `stillroom.storage.cache.open_cache`."""
+    if cache_bytes < 1:
+        raise InputError(f"cache_bytes came as {cache_bytes}, wanted the bytes of several shards: raise it")
+    place = Place(url, storage_options=storage_options, retry=DEFAULT_RETRY)
+    try:
+        data = place.read(MANIFEST_NAME)
+    except FileNotFoundError:
+        raise NotACacheError(f"{place.name} holds no {MANIFEST_NAME}: name the folder of a cache") from None
+    manifest = Manifest.from_json(strict.loads(data, MANIFEST_NAME))
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    local = LocalShards(folder, manifest.identity[:32], cap_bytes=cache_bytes)
+    index = _fetch_index(place, manifest, local.root)
+    records: dict[int, CommitRecord] = {}
+    if index is not None and len(index.shards) == manifest.shards:
+        shards = list(range(manifest.shards))
+    elif place.lists:
+        names = place.list(COMMITS)
+        shards = sorted({int(found[1]) for name in names if (found := _RECORD.fullmatch(name))})
+        shards = [shard for shard in shards if shard < manifest.shards]
+    else:
+        records = _probe_records(place, manifest)
+        shards = sorted(records)
+    if len(shards) < manifest.shards and not partial:
+        raise CacheError(
+            f"{place.name} lacks {manifest.shards - len(shards)} of {manifest.shards} shards: finish it with `stillroom cache`, "
+            "or open it with partial=True"
+        )
+    if shards:
+        first = records.get(shards[0]) or _first_record(place, manifest, index, shards[0])
+        if first.size_bytes > cache_bytes:
+            raise InputError(
+                f"cache_bytes is {cache_bytes:,}, but shard {first.shard} of {place.name} alone holds {first.size_bytes:,} "
+                "bytes: raise cache_bytes to several times that"
+            )
+    _fetch_tokenizer(place, local.root)
+    cache = RemoteCache(place, manifest, shards, reader, columns, local=local, index=index)
+    cache._records.update(records)
+    return cache
+
+
+def default_cache_dir() -> Path:
+    """`stillroom/` beside the hub library's own cache, which `HF_HOME` and `XDG_CACHE_HOME` move."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HF_HOME") or Path(base) / "huggingface") / "stillroom"
+
+
+def _first_record(place: Place, manifest: Manifest, index: Index | None, shard: int) -> CommitRecord:
+    try:
+        if index is not None:
+            return index.record(shard)
+    except (KeyError, DamagedError):
+        pass
+    return _fetch_record(place, manifest, shard)
+
+
+def _fetch_record(place: Place, manifest: Manifest, shard: int) -> CommitRecord:
+    try:
+        data = strict.loads(place.read(record_name(shard)), record_name(shard))
+    except FileNotFoundError:
+        raise DamagedError(
+            f"{place.name}/{record_name(shard)} is missing: run `stillroom cache` again to make the shard"
+        ) from None
+    except FormatError as error:
+        raise damaged(shard, str(error)) from error
+    return parse_record(data, manifest, shard)
+
+
+def _probe_records(place: Place, manifest: Manifest) -> dict[int, CommitRecord]:
+    """All records there are, one request each, from a server that lists nothing."""
+
+    def ask(shard: int) -> CommitRecord | None:
+        try:
+            data = place.read(record_name(shard))
+        except FileNotFoundError:
+            return None
+        return parse_record(strict.loads(data, record_name(shard)), manifest, shard)
+
+    with ThreadPoolExecutor(16, thread_name_prefix="stillroom-records") as pool:
+        found = pool.map(ask, range(manifest.shards))
+        return {record.shard: record for record in found if record is not None}
+
+
+def _fetch_index(place: Place, manifest: Manifest, root: Path) -> Index | None:
+    """The store's index, kept in the local directory for worker processes; None if it has none that can be used."""
+    try:
+        index = Index(pa.py_buffer(data := place.read(INDEX_NAME)), manifest)
+    except (FileNotFoundError, FormatError):
+        return None
+    temporary = root / f".{INDEX_NAME}-{os.getpid()}.tmp"
+    temporary.write_bytes(data)
+    temporary.replace(root / INDEX_NAME)
+    return index
+
+
+def _fetch_tokenizer(place: Place, root: Path) -> None:
+    if (root / _TOKENIZER).is_dir():
+        return
+    names = place.list(_TOKENIZER) if place.lists else _TOKENIZER_FILES
+    part = root / f".{_TOKENIZER}-{os.getpid()}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for name in filter(_PLAIN_NAME.fullmatch, names):
+        try:
+            (part / name).write_bytes(place.read(f"{_TOKENIZER}/{name}"))
+        except FileNotFoundError:
+            continue
+    try:
+        if any(part.iterdir()):
+            part.rename(root / _TOKENIZER)
+    except OSError:  # another process was first
+        pass
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

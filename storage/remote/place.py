@@ -1,0 +1,176 @@
+"""A URL and the file system behind it: reading objects and ranges with retries, naming it without its secrets."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Final, final
+from urllib.parse import urlsplit, urlunsplit
+
+from stillroom.storage.errors import CacheError, InputError
+from stillroom.storage.remote.retry import RetryPolicy, with_retries
+
+_URL: Final = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_BY_OBSTORE: Final = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
+_EXTRA: Final = "pip install 'stillroom[remote]'"
+_obstore_pid: int | None = None  # the process whose threads serve obstore; a fork has none of them
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a URL rather than a path."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def redacted(url: str) -> str:
+    """`url` without user, password, query and fragment: fit for errors, logs and file names."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+@final
+class Place:
+    """A folder behind a URL. Safe to use from threads, to pickle, and to carry over a fork.
+
+    Args:
+        url: of the folder: s3, gs, az, http(s) (through obstore where it is installed), hf, memory, file, or any other scheme
+            fsspec knows.
+        storage_options: keyword arguments of the file system, credentials for example; they appear in no message.
+        retry: how failed requests are repeated.
+
+    Raises:
+        InputError: no installed library serves the scheme.
+    """
+
+    def __init__(self, url: str, *, storage_options: Mapping[str, Any] | None = None, retry: RetryPolicy) -> None:
+        matched = _URL.match(url)
+        if matched is None:
+            raise InputError(f"{url} came, wanted a URL such as s3://bucket/cache")
+        if urlsplit(url).query or urlsplit(url).fragment:
+            raise InputError(
+                f"{redacted(url)} came with a query, which can not be put behind the names of objects: give what it says in "
+                "storage_options or in the environment"
+            )
+        self.url: Final = url.rstrip("/")
+        self.name: Final = redacted(self.url)
+        self.scheme: Final = matched[1].lower()
+        self.retry: Final = retry
+        self._options: Final = dict(storage_options or {})
+        self._opened: tuple[int, Any, str] | None = None
+        self._file_system()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    def __repr__(self) -> str:
+        return f"Place({self.name})"
+
+    @property
+    def lists(self) -> bool:
+        """Whether a folder can be listed; plain web servers can not."""
+        return self.scheme not in ("http", "https")
+
+    def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """Bytes of the object `path` (relative to the folder), or of its range [start, stop).
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            CacheError: the store refused, or kept failing.
+        """
+
+        def ask() -> bytes:
+            file_system, root = self._file_system()
+            where = f"{root}/{path}"
+            data: bytes = (
+                file_system.cat_file(where) if start is None else file_system.cat_file(where, start=start, end=stop)
+            )
+            if start is not None and stop is not None and len(data) != stop - start:
+                if len(data) >= stop:  # a server without ranges sends the whole
+                    return data[start:stop]
+                raise ConnectionError(f"{len(data)} bytes came, wanted {stop - start}")
+            return data
+
+        found: bytes = self._retried(ask, path)
+        return found
+
+    def list(self, path: str) -> list[str]:
+        """Names in the folder `path`; empty if there is none.
+
+        Raises:
+            CacheError: the store refused, or kept failing.
+        """
+
+        def ask() -> list[str]:
+            file_system, root = self._file_system()
+            file_system.invalidate_cache()
+            return [str(name) for name in file_system.ls(f"{root}/{path}", detail=False)]
+
+        try:
+            return [name.rstrip("/").rpartition("/")[2] for name in self._retried(ask, path)]
+        except FileNotFoundError:
+            return []
+
+    def write(self, path: str, data: bytes) -> None:
+        """Put the object `path`, replacing what is there.
+
+        Raises:
+            CacheError: the store refused, or kept failing.
+        """
+
+        def ask() -> None:
+            file_system, root = self._file_system()
+            file_system.pipe_file(f"{root}/{path}", data)
+
+        self._retried(ask, path)
+
+    def _retried(self, ask: Any, path: str) -> Any:
+        try:
+            return with_retries(ask, policy=self.retry, what=f"{self.name}/{path}")
+        except (FileNotFoundError, CacheError, InputError):
+            raise
+        except Exception as error:
+            # Not the library's own words: they may quote the URL with what signs it.
+            status = getattr(error, "status_code", None) or getattr(error, "errno", None)
+            kind = type(error).__name__ + (f" {status}" if status else "")
+            raise CacheError(
+                f"{self.name}/{path} could not be had ({kind}, {self.retry.attempts} attempts at most): check the address, the "
+                "credentials and the connection"
+            ) from _quiet(error)
+
+    def _file_system(self) -> tuple[Any, str]:
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), *_open(self.url, self.scheme, self._options))
+        return self._opened[1:]
+
+
+def _open(url: str, scheme: str, options: dict[str, Any]) -> tuple[Any, str]:
+    global _obstore_pid
+    if scheme in _BY_OBSTORE and importlib.util.find_spec("obstore") is not None:
+        from obstore.fsspec import FsspecStore
+
+        if _obstore_pid not in (None, os.getpid()):
+            raise InputError(
+                f"{redacted(url)} was opened before this process was forked, and obstore does not live through a fork: use "
+                "DataLoader(multiprocessing_context='spawn')"
+            )
+        _obstore_pid = os.getpid()
+        if scheme == "http":
+            options = {**options, "client_options": {"allow_http": True, **options.get("client_options", {})}}
+        store = FsspecStore("s3" if scheme == "s3a" else scheme, **{"retry_config": {"max_retries": 0}, **options})
+        return store, url.replace("s3a://", "s3://", 1)
+    import fsspec
+
+    try:
+        kind = fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+        remedy = _EXTRA if scheme in _BY_OBSTORE else "install what fsspec asks for"
+        raise InputError(
+            f"{redacted(url)} can not be opened, nothing here reads {scheme}:// ({error}): {remedy}"
+        ) from None
+    return kind(**options), str(kind._strip_protocol(url)).rstrip("/")
+
+
+def _quiet(error: Exception) -> Exception | None:
+    """The cause to show in a traceback: none where its text may hold a signed URL."""
+    return None if "://" in str(error) else error

@@ -1,0 +1,145 @@
+"""Servers on loopback for the tests of remote caches: an S3 server (moto), a web server, and a proxy that does harm."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+# What the proxy does to a GET: "500", "cut" (half of the body), "wrong" (one bit), "reset", "stall"; None lets it pass.
+Fault = Callable[[str], str | None]
+STALL_S = 30.0
+
+
+class S3:
+    """A bucket of a moto server."""
+
+    def __init__(self, endpoint: str, bucket: str) -> None:
+        self.endpoint, self.bucket = endpoint, bucket
+
+    def put(self, name: str, data: bytes) -> None:
+        self._ask("PUT", name, data)
+
+    def delete(self, name: str) -> None:
+        self._ask("DELETE", name)
+
+    def put_folder(self, folder: Path, name: str) -> None:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.put(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+    def _ask(self, method: str, name: str, data: bytes | None = None) -> None:
+        url = f"{self.endpoint}/{self.bucket}/{name}".rstrip("/")
+        with urllib.request.urlopen(urllib.request.Request(url, data=data, method=method)) as answer:
+            answer.read()
+
+
+class _Quiet(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request, client_address) -> None:
+        """Clients hang up in these tests; that is no news."""
+
+
+class Proxy(_Quiet):
+    """Forwards to `target`, counts what is asked for, and spoils answers as `fault` says."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Forward)
+        self.target = target.removeprefix("http://")
+        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+        self.asked: Counter[str] = Counter()
+        self.fault: Fault = lambda path: None
+        self.lock = threading.Lock()
+
+
+class _Forward(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server: Proxy = self.server
+        with server.lock:
+            server.asked[self.path] += 1
+            fault = server.fault(self.path)
+        if fault == "reset":
+            self.close_connection = True
+            return
+        if fault == "500":
+            self._answer(500, [], b"out of order")
+            return
+        if fault == "stall":
+            time.sleep(STALL_S)
+        connection = http.client.HTTPConnection(server.target)
+        with contextlib.closing(connection):
+            headers = {
+                key: value for key, value in self.headers.items() if key.lower() in ("range", "host", "authorization")
+            }
+            connection.request("GET", self.path, headers=headers)
+            answer = connection.getresponse()
+            body, kept = answer.read(), [(k, v) for k, v in answer.getheaders() if k.lower() not in _OWN]
+        if fault == "wrong" and body:
+            body = bytes([body[0] ^ 1]) + body[1:]
+        self._answer(answer.status, kept, body, cut=fault == "cut")
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, cut: bool = False) -> None:
+        self.send_response(status)
+        for key, value in headers:
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection = self.close_connection or cut
+
+
+_OWN = ("content-length", "connection", "transfer-encoding", "date", "server")
+
+
+class _Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serving(server: http.server.HTTPServer) -> Iterator[None]:
+    """The server runs in a thread."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextlib.contextmanager
+def web(folder: Path) -> Iterator[str]:
+    """A web server over a folder; it knows no ranges."""
+    server = _Quiet(("127.0.0.1", 0), partial(_Files, directory=str(folder)))
+    with serving(server):
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[str]:
+    """A moto server; its endpoint."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
