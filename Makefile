@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help install demo test test-slow test-gpu lint format compare bench bench-storage bench-kernels clean
+.PHONY: help install demo test test-slow fuzz test-gpu lint format compare bench bench-storage bench-kernels clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
@@ -25,6 +25,10 @@ test: $(READY)      ## the default test suite
 
 test-slow: $(READY) ## the long tests
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800
+
+fuzz: $(READY)      ## ten minutes of hostile caches (SECONDS=600); guided by coverage where atheris has a wheel
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
+	$(BIN)/python tests/storage/fuzz.py --seconds $(or $(SECONDS),600)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu --timeout 1800

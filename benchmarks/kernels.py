@@ -146,8 +146,8 @@ def page(figures: dict[str, Any]) -> str:
     ratios = {
         key: times["sparse_kd_loss"] / times[CROSS_ENTROPY] for key, times in loss["ms"].items() if "float32" in key
     }
-    verdict = "; ".join(
-        f"{key}: {ratio:.2f} of `F.cross_entropy`, {'within' if ratio <= 0.7 else '**over**'} the 0.7 asked for"
+    verdict = "\n".join(
+        f"- {key}: {ratio:.2f} of `F.cross_entropy`, {'within' if ratio <= 0.7 else '**over**'} the 0.7 asked for"
         for key, ratio in ratios.items()
     )
     kept = ", ".join(f"{entries} (V = {int(v):,})" for v, entries in sampler["entries_per_row"].items())
@@ -155,18 +155,21 @@ def page(figures: dict[str, Any]) -> str:
     return f"""
 Measured on a CPU: no CUDA GPU was at hand for this page, and the Triton kernels do not exist yet. What runs is
 `reference.py` of both families, plain PyTorch. The machine was shared (load average
-{figures["load_average"]} on {figures["cores"]} cores before the run): read the ratios, not the times. Medians of {figures["repeats"]} runs, variants in turn.
+{figures["load_average"]} on {figures["cores"]} cores before the run): read the ratios, not the times.
+Medians of {figures["repeats"]} runs, variants in turn.
 
 ## Loss
 
-{loss["rows"]} rows, V = {loss["vocabulary"]:,}, {loss["entries_per_row"]} entries per row, alpha = {loss["alpha"]},
-gradient into a leaf.
+{loss["rows"]} rows, V = {loss["vocabulary"]:,}, {loss["entries_per_row"]} entries per row, alpha = {loss["alpha"]}.
 
 {loss_table}
 
-{verdict[0].upper() + verdict[1:]}. One softmax is written straight into the gradient's buffer and scaled, and a few values are
-corrected. Where other work holds a core, several threads lose to one: they wait for the slowest at the end of every operation.
-`F.cross_entropy` on bfloat16 logits rounds its log-probabilities to bfloat16; ours computes in float32 and rounds the gradient once, so `logits.float()` is the fair neighbour there. An
+{verdict}
+
+One softmax is written straight into the gradient's buffer and scaled, and a few values are corrected. Where other work
+holds a core, several threads can lose to one: they wait for the slowest at the end of every operation.
+`F.cross_entropy` on bfloat16 logits rounds its log-probabilities to bfloat16; ours
+computes in float32 and rounds the gradient once, so `logits.float()` is the fair neighbour there. An
 upstream gradient other than 1 (a loss divided by accumulation steps) costs one more pass over the gradient; put the
 factor into `row_weights_N` instead.
 

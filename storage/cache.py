@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, get_args
 
@@ -16,11 +16,10 @@ import numpy.typing as npt
 
 from stillroom.storage.background import keep_scratch
 from stillroom.storage.commits import CommitRecord, committed, damaged, load_record
-from stillroom.storage.decode import Room, decode_rows
+from stillroom.storage.decode import Room, decode_rows, plain_rows
 from stillroom.storage.errors import CacheError, DamagedError, InputError
-from stillroom.storage.gather import COLUMNS, Column, gather, needed
+from stillroom.storage.gather import COLUMNS, Column, gather, gather_stored, needed
 from stillroom.storage.index import Index, read_index
-from stillroom.storage.layout import arrays_of, id_high_bits
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.readers import READERS, ReaderName, ShardReader
 from stillroom.storage.stream import StreamOrder
@@ -68,14 +67,14 @@ class Cache:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, shards: list[int], reader: ReaderName, columns: Collection[Column]
+        self, path: Path, manifest: Manifest, shards: list[int], reader: ReaderName, columns: tuple[Column, ...]
     ) -> None:
         self.path: Final = path
         self.manifest: Final = manifest
         self.shards: Final = tuple(shards)
         self._reader: Final = reader
         self.columns: Final = tuple(column for column in COLUMNS if column in columns)
-        self._names: Final = needed(arrays_of(manifest), self.columns)
+        self._names: Final = needed(manifest, self.columns)
         lengths = [stop - start for start, stop in map(manifest.shard_range, shards)]
         self._ends = np.cumsum(lengths, dtype=np.int64)
         self._records: dict[int, CommitRecord] = {}
@@ -214,9 +213,14 @@ class Cache:
         manifest = self.manifest
         places = [self._locate(index) for index in indices]
         readers = [(self._shard(shard), within) for shard, within in places]
-        raw = gather(readers, self._names, id_high_bits(manifest.vocab_size))
+        spec, logp = manifest.sampler, "logp" in self.columns
+        plain = manifest.profile == "fast" and not logp
+        raw = gather_stored(readers, self._names, manifest, room) if plain else gather(readers, self._names, manifest)
         try:
-            targets = decode_rows(manifest.sampler, manifest.vocab_size, raw, logp="logp" in self.columns, room=room)
+            if plain:
+                targets = plain_rows(manifest.vocab_size, spec.draws, raw)
+            else:
+                targets = decode_rows(spec, manifest.vocab_size, raw, logp=logp, room=room)
         except DamagedError as error:
             # Which of several sequences it was does not matter; which shard does.
             for index in indices if len(places) > 1 else ():
@@ -256,7 +260,7 @@ def open_cache(
     *,
     partial: bool = False,
     reader: ReaderName = "direct",
-    columns: Collection[Column] = COLUMNS,
+    columns: tuple[Column, ...] = COLUMNS,
     cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int | None = None,
     storage_options: Mapping[str, Any] | None = None,

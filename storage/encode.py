@@ -27,6 +27,7 @@ from stillroom.storage.spec import COUNT_KINDS, SamplerSpec
 from stillroom.storage.targets import SparseTargets
 
 Array = npt.NDArray[Any]
+_TWICE: Final = "an id came twice in one row, wanted unique ids: merge them first"
 SUM_TOLERANCE: Final = 1e-3  # float32 weights of a row against 1
 
 
@@ -135,18 +136,31 @@ def encode_rows(
 
 
 def _id_codes(rows: _Rows, head_R: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
-    """Ids; in the tail, which ascends, the step from the id before."""
+    code_E = id_codes(rows.id_E, rows.offsets, head_R)
+    if _repeated(rows):
+        raise ValueError(_TWICE)
+    return code_E
+
+
+def id_codes(
+    id_E: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], head_R: npt.NDArray[np.int64]
+) -> npt.NDArray[np.uint32]:
+    """Ids; in the tail, which ascends, the step from the id before.
+
+    Raises:
+        ValueError: a tail does not ascend.
+    """
     # Entries that follow a tail entry of their row, as a running sum of +1 and -1: all but heads and firsts of tails.
-    tails = np.flatnonzero(rows.n_R > head_R)
-    step_E = np.zeros(len(rows.id_E) + 1, np.int8)
-    step_E[rows.offsets[tails] + head_R[tails] + 1] = 1
-    step_E[rows.offsets[tails + 1]] -= 1
-    after_E = np.add.accumulate(step_E[:-1], dtype=np.int8)
+    tails = np.flatnonzero(np.diff(offsets) > head_R)
+    step_E = np.zeros(len(id_E) + 2, np.int8)
+    step_E[offsets[tails] + head_R[tails] + 1] = 1
+    step_E[offsets[tails + 1]] -= 1
+    after_E = np.add.accumulate(step_E[: len(id_E)], dtype=np.int8)
     before_E = after_E.astype(np.int32)
-    before_E[1:] *= rows.id_E[:-1]
-    code_E = rows.id_E - before_E
-    if np.any((code_E <= 0) & after_E.view(np.bool_)) or _repeated(rows):
-        raise ValueError("an id came twice in one row, wanted unique ids: merge them first")
+    before_E[1:] *= id_E[:-1]
+    code_E = id_E - before_E
+    if np.any((code_E <= 0) & after_E.view(np.bool_)):
+        raise ValueError(_TWICE)
     return code_E.view(np.uint32)
 
 
@@ -154,10 +168,9 @@ def _repeated(rows: _Rows) -> bool:
     if not len(rows.id_E):
         return False
     bits = int(rows.id_E.max()).bit_length()
-    key_type = np.uint32 if bits + len(rows.n_R).bit_length() <= 32 else np.uint64  # half the time to sort
-    key_E = rows.row_E.astype(key_type)
-    key_E <<= key_type(bits)
-    key_E |= rows.id_E.view(np.uint32)
+    # Half the time to sort where 32 bits hold it.
+    key_type: type[np.unsignedinteger] = np.uint32 if bits + len(rows.n_R).bit_length() <= 32 else np.uint64
+    key_E = (rows.row_E.astype(key_type) << key_type(bits)) | rows.id_E.view(np.uint32)
     key_E.sort()
     return bool(np.any(key_E[1:] == key_E[:-1]))
 
@@ -202,7 +215,7 @@ def _counts(rows: _Rows) -> tuple[dict[str, Array], npt.NDArray[np.int64], _Rows
     return arrays, _row_sums(rows, head_E), rows
 
 
-def _logp_codes(rows: _Rows, p_E: npt.NDArray[np.float64]) -> Array:
+def _logp_codes(rows: _Rows, p_E: npt.NDArray[np.floating]) -> Array:
     """Codes of all entries, head and tail each rounded systematically along the row in the order they come."""
     scale = logp_scale(rows.spec.draws)
     head_E = rows.logp() >= scale.pivot_logp
@@ -217,14 +230,14 @@ def _logp_codes(rows: _Rows, p_E: npt.NDArray[np.float64]) -> Array:
 def _round(
     rows: _Rows,
     mask_E: npt.NDArray[np.bool_],
-    value: npt.NDArray[np.float64],
+    value: npt.NDArray[np.floating],
     levels: npt.NDArray[np.float64],
     column: int,
 ) -> npt.NDArray[np.int64]:
     row = rows.row_E[mask_E]
     start_R = np.cumsum(np.bincount(row, minlength=len(rows.n_R)))
     start_R = np.concatenate([[0], start_R[:-1]])
-    return round_systematic(value, levels, start_R[row], rows.rounding_R3[row, column])
+    return round_systematic(value.astype(np.float64, copy=False), levels, start_R[row], rows.rounding_R3[row, column])
 
 
 def _top(rows: _Rows) -> tuple[dict[str, Array], npt.NDArray[np.int64], _Rows]:

@@ -8,7 +8,7 @@ Shapes: `B` sequences, `E` entries of all of them, `P` bit planes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -16,7 +16,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stillroom.storage.commits import damaged
-from stillroom.storage.layout import ArraySpec
+from stillroom.storage.decode import Room
+from stillroom.storage.layout import arrays_of, id_high_bits
+from stillroom.storage.manifest import Manifest
+from stillroom.storage.profiles import from_profile
 from stillroom.storage.readers import DirectReader, ShardReader
 
 Array = npt.NDArray[Any]
@@ -25,26 +28,41 @@ COLUMNS: Final[tuple[Column, ...]] = ("tokens", "logp", "label_logp", "entropy")
 _LOGP_ARRAYS: Final = ("logp", "logp_tail")
 
 
-def needed(arrays: Iterable[ArraySpec], columns: Collection[str]) -> list[str]:
+def needed(manifest: Manifest, columns: Collection[str]) -> list[str]:
     """Names of the arrays that ids, weights and `columns` are decoded from."""
-    plan = {array.name: array for array in arrays}
+    plan = {array.name: array for array in arrays_of(manifest)}
+    if manifest.profile == "fast" and "logp" not in columns:
+        return [name for name in ("n", "id", "weight", *columns) if name in plan]
     skip = {name for name in ("tokens", "label_logp", "entropy") if name not in columns}
     if "logp" not in columns:
         skip |= {"logp_tail"} | ({"logp"} if "kept" not in plan else set())
     return [name for name in plan if name not in skip]
 
 
-def gather(places: list[tuple[ShardReader, int]], names: list[str], high_bits: int) -> dict[str, Array]:
-    """Flat arrays of the sequences at `places`, one after the other, as `decode_rows` takes them.
+def gather(places: list[tuple[ShardReader, int]], names: list[str], manifest: Manifest) -> dict[str, Array]:
+    """Flat standard codes of the sequences at `places`, one after the other, as `decode_rows` takes them.
 
     Args:
         places: reader and sequence within its shard; all of one cache.
         names: of the arrays wanted, ids and `n` among them.
-        high_bits: bits of an id above the low 16.
+        manifest: of the cache.
 
     Raises:
         DamagedError: bytes are not what they were, or a sequence claims more than it has.
     """
+    if manifest.profile == "small" and len(places) > 1:  # each shard has its own ranks
+        parts = [gather([place], names, manifest) for place in places]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    stored = gather_stored(places, names, manifest)
+    ranks_V = places[0][0].chunk("id_of_rank", 0) if manifest.profile == "small" else None
+    return from_profile(manifest, stored, ranks_V)
+
+
+def gather_stored(
+    places: list[tuple[ShardReader, int]], names: list[str], manifest: Manifest, room: Room | None = None
+) -> dict[str, Array]:
+    """As `gather`, but what the profile stores: for `fast`, ids and weights as they are, put in `room` if there is one."""
+    names = [name for name in names if name != "id_of_rank"]
     chunks = _chunks(places, names)
     lengths = [_lengths(place, {name: chunks[name][i] for name in chunks}) for i, place in enumerate(places)]
     runs = {array.name: array.run for array in places[0][0].arrays.values()}
@@ -54,9 +72,16 @@ def gather(places: list[tuple[ShardReader, int]], names: list[str], high_bits: i
             continue
         run = runs[name]
         parts = [chunk[: length[run]] if run in length else chunk for chunk, length in zip(chunks[name], lengths)]
-        raw[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    entries = [length["entry"] for length in lengths]
-    raw["id"] = _join_ids(chunks["id_lo"], chunks["id_hi"] if high_bits else [], entries, high_bits)
+        if room is not None and name in ("id", "weight"):
+            target = room.ids if name == "id" else room.weights
+            target = target[: sum(length["entry"] for length in lengths)]
+            raw[name] = np.concatenate([part.view(target.dtype) for part in parts], out=target)
+        else:
+            raw[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if "id_lo" in names:
+        planes = id_high_bits(manifest.vocab_size)
+        entries = [length["entry"] for length in lengths]
+        raw["id"] = _join_ids(chunks["id_lo"], chunks.get("id_hi", []), entries, planes)
     return raw
 
 
@@ -66,9 +91,12 @@ def _lengths(place: tuple[ShardReader, int], chunks: dict[str, Array]) -> dict[s
     lengths = {"entry": int(chunks["n"].sum(dtype=np.int64))}
     if "n_head" in chunks:
         lengths["head"] = int(chunks["n_head"].sum(dtype=np.int64))
-        lengths["tail"] = lengths["entry"] - lengths["head"]
     elif "count" in chunks:
         lengths["head"] = int(np.count_nonzero(chunks["count"]))
+    elif "head_rank" in chunks:
+        lengths["head"] = lengths["entry"]
+    if "head" in lengths:
+        lengths["tail"] = lengths["entry"] - lengths["head"]
     for run, length in lengths.items():
         if not 0 <= length <= getattr(reader.record.widths, run):
             raise damaged(reader.record.shard, f"sequence {sequence} claims {length} {run} elements, more than it has")
@@ -94,8 +122,11 @@ def _chunks(places: list[tuple[ShardReader, int]], names: list[str]) -> dict[str
     """Padded chunks by array, in the order of `places`."""
     readers = [reader for reader, _ in places]
     direct = [reader for reader in readers if isinstance(reader, DirectReader)]
-    if len(direct) < len(readers):
+    if len(direct) < len(readers) or readers[0].arrays[names[0]].codec != "zstd":
         return {name: [reader.chunk(name, sequence) for reader, sequence in places] for name in names}
+    whole = readers[0].arrays
+    others = {name: [r.chunk(name, i) for r, i in places] for name in names if whole[name].codec != "zstd"}
+    names = [name for name in names if name not in others]
     frames = [
         reader.frame(name, sequence) for name in names for reader, (_, sequence) in zip(direct, places, strict=True)
     ]
@@ -103,11 +134,11 @@ def _chunks(places: list[tuple[ShardReader, int]], names: list[str]) -> dict[str
     try:
         data = pa.Codec("zstd").decompress(b"".join([frame.data for frame in frames]), size)
     except (OSError, pa.ArrowException):  # one by one names the one that is damaged
-        return {name: [reader.chunk(name, sequence) for reader, sequence in places] for name in names}
+        return {name: [reader.chunk(name, sequence) for reader, sequence in places] for name in [*names, *others]}
     chunks: dict[str, list[Array]] = {name: [] for name in names}
     start = 0
     for index, frame in enumerate(frames):
-        elements = np.frombuffer(data, frame.dtype, frame.count, start)
+        elements = np.frombuffer(data, frame.dtype, frame.elements, start)
         chunks[names[index // len(places)]].append(elements if len(frame.shape) == 1 else elements.reshape(frame.shape))
         start += frame.nbytes
-    return chunks
+    return chunks | others

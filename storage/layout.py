@@ -2,51 +2,8 @@
 
 Shapes: `S` sequences of a shard, `L` rows of a sequence. A row has n entries: first its head, then its tail.
 
-    tokens        [S, L+1]   u16 or u32  token ids; row t's label is tokens[t+1]
-    n             [S, L]     u8 or u16   entries of the row; 0: the row is outside the loss mask
-    id_lo         [S, cap]   u16         low 16 bits of the id code
-    id_hi         [S, k, cap/8] u8       its k higher bits, one packed bit plane each (little bit order); none if vocab <= 65536
-    label_logp    [S, L]     u16         -log p(label) in 1/128 nat; 65535: no label
-    entropy       [S, L]     u8          in 1/15 nat; 255: none
-
-    random, systematic:
-    count         [S, hcap]  u8 or u16   counts of the head = the entries drawn more than once; the tail was drawn once each
-    weight        [S, cap]   f32         instead of count where exponent != 1; then all of the row is head
-    logp          [S, cap]   u8          only where keep_logp is "all", or "head" (0 for p < 1/N)
-    threshold:
-    n_head        [S, L]     u8 or u16   entries of the head = p >= 1/N
-    logp_head     [S, hcap]  u8          log-p codes of the head
-    logp_tail     [S, tcap]  u8          log-p codes of the tail, only where keep_logp is "all"
-    tail          [S, L]     u8 or u16   code of the tail mass
-    top_k, top_p (all of the row is head):
-    logp          [S, cap]   u8          log-p codes
-    kept          [S, L]     f32         mass of the kept entries
-
-Profile `fast` stores every array as it is (codec crc32c), and in place of id_lo and id_hi
-    id            [S, cap]   u32         ids
-    weight        [S, cap]   f32         weights, decoded
-Profile `small` stores, in place of id_lo and id_hi, with numcodecs' pcodec and crc32c
-    id_of_rank    [1, V]     u32         ids by how often the shard has them, then by id
-    head_rank     [S, hcap]  u32         ranks of the head
-    tail_rank     [S, tcap]  u32         ranks of the tail, ascending, each but a row's first as the step from the one before
-and keeps what it stores of the tail (logp_tail, logp) in that order; sorted by id it is the order of `standard`.
-
-Rows lie back to back and are padded with zeros to the widest sequence of the shard. The id code of a head entry and of
-the first tail entry of a row is the id; of every other tail entry it is the step from the id before it (the tail ascends).
-A head of counts needs no lengths: row r has the next counts until sum(count - 1) reaches N - n.
-
-Stock zarr and numpy read it, here the ids and weights of sequence i of a `random` cache:
-
-    group = zarr.open_group(path, mode="r")
-    n, count = group["n"][i].astype(int), group["count"][i].astype(int)
-    count, stop = count[count > 0], n.cumsum()
-    code = group["id_lo"][i][: stop[-1]].astype(int)
-    for b in range(group["id_hi"].shape[1]):
-        code += np.unpackbits(group["id_hi"][i, b], bitorder="little")[: stop[-1]].astype(int) << (16 + b)
-    head = np.diff(np.searchsorted((count - 1).cumsum(), ((N - n) * (n > 0)).cumsum(), side="right"), prepend=0)
-    for start, h, end in zip(stop - n, head, stop):
-        weights = np.r_[count[:h], np.ones(end - start - h)] / N
-        ids, count = np.r_[code[start : start + h], code[start + h : end].cumsum()], count[h:]
+docs/format.md lists the arrays, says what their elements mean, and decodes them with stock zarr and numpy; this module is
+where the writer and both readers take names, types and shapes from.
 """
 
 from __future__ import annotations
@@ -247,4 +204,6 @@ def group_metadata(manifest: Manifest, index: int, widths: Widths) -> dict[str, 
         "tokenizer": manifest.tokenizer.fingerprint,
         "corpus": manifest.corpus.fingerprint,
     }
+    if manifest.profile != "standard":
+        attributes["profile"] = manifest.profile
     return {"zarr_format": 3, "node_type": "group", "attributes": {"stillroom": attributes}}

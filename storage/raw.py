@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from stillroom.storage.encode import EncodedRows
 from stillroom.storage.errors import DamagedError
+from stillroom.storage.gather import gather
 from stillroom.storage.layout import id_high_bits
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.readers import ShardReader
@@ -54,6 +55,8 @@ def read_block(reader: ShardReader, manifest: Manifest, start: int, stop: int) -
 
 
 def _sequence(reader: ShardReader, manifest: Manifest, sequence: int) -> tuple[dict[str, Array], dict[str, int]]:
+    if manifest.profile != "standard":
+        return _of_profile(reader, manifest, sequence)
     arrays: dict[str, Array] = {"n": reader.chunk("n", sequence)}
     seq_len = manifest.packing.seq_len
     entries = int(arrays["n"].sum(dtype=np.int64))
@@ -77,6 +80,14 @@ def _sequence(reader: ShardReader, manifest: Manifest, sequence: int) -> tuple[d
         arrays[name] = chunk[: sizes[spec.run]]
     arrays["id"] = _id_codes(reader, manifest, sequence, entries)
     return arrays, sizes
+
+
+def _of_profile(reader: ShardReader, manifest: Manifest, sequence: int) -> tuple[dict[str, Array], dict[str, int]]:
+    codes = gather([(reader, sequence)], list(reader.arrays), manifest)
+    heads = next((codes[name] for name in ("count", "logp_head") if name in codes), codes["id"])
+    sizes = {"token": manifest.packing.seq_len + 1, "row": manifest.packing.seq_len, "entry": len(codes["id"])}
+    sizes |= {"head": len(heads), "tail": len(codes["id"]) - len(heads)}
+    return {**codes, "id": codes["id"].view(np.uint32)}, sizes
 
 
 def _id_codes(reader: ShardReader, manifest: Manifest, sequence: int, entries: int) -> npt.NDArray[np.uint32]:

@@ -5,18 +5,17 @@ Shapes: `S` sequences of the shard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from numcodecs import Zstd
 
 from stillroom.storage import strict
+from stillroom.storage.chunks import encoder
 from stillroom.storage.encode import EncodedRows
 from stillroom.storage.layout import (
-    ZSTD_LEVEL,
     ArraySpec,
     Widths,
     array_metadata,
@@ -25,6 +24,7 @@ from stillroom.storage.layout import (
     padded,
 )
 from stillroom.storage.manifest import Manifest
+from stillroom.storage.profiles import ids_by_use, to_profile
 
 INDEX_ENTRY_BYTES: Final = 16  # offset and length, both u64
 INDEX_CRC_BYTES: Final = 4
@@ -46,16 +46,22 @@ def shard_objects(
     """Name and bytes of every object of shard `index`, relative to its group."""
     seq_len = manifest.packing.seq_len
     sequences = sum(len(block.lengths["row"]) for block in blocks)
+    ranks_V = ids_by_use(manifest, blocks) if manifest.profile == "small" else None
+    stored = [to_profile(manifest, block, ranks_V) for block in blocks]
     yield "zarr.json", strict.dumps(group_metadata(manifest, index, widths)).encode()
     for array in arrays_of(manifest):
         chunk_shape = array.chunk_shape(seq_len, widths)
         yield f"{array.name}/zarr.json", strict.dumps(array_metadata(array, sequences, chunk_shape)).encode()
-        yield array.object_name, _array_object(array, blocks, chunk_shape)
+        if array.whole and ranks_V is not None:
+            yield array.object_name, _array_object(array, [ranks_V])
+        else:
+            chunks = (chunk for block in stored for chunk in _chunks(array, block, chunk_shape))
+            yield array.object_name, _array_object(array, chunks)
 
 
-def _array_object(array: ArraySpec, blocks: list[EncodedRows], chunk_shape: tuple[int, ...]) -> bytes:
-    codec = Zstd(level=ZSTD_LEVEL, checksum=True)
-    chunks = [bytes(codec.encode(chunk)) for block in blocks for chunk in _chunks(array, block, chunk_shape)]
+def _array_object(array: ArraySpec, elements: Iterable[npt.NDArray[Any]]) -> bytes:
+    encode = encoder(array.codec)
+    chunks = [encode(chunk) for chunk in elements]
     index_S2 = np.zeros((len(chunks), 2), "<u8")
     index_S2[:, 1] = [len(chunk) for chunk in chunks]
     index_S2[1:, 0] = np.cumsum(index_S2[:-1, 1])
@@ -64,7 +70,7 @@ def _array_object(array: ArraySpec, blocks: list[EncodedRows], chunk_shape: tupl
 
 
 def _chunks(array: ArraySpec, block: EncodedRows, chunk_shape: tuple[int, ...]) -> Iterator[npt.NDArray[Any]]:
-    flat = block.arrays["id" if array.name.startswith("id_") else array.name]
+    flat = block.arrays["id" if array.name in ("id_lo", "id_hi") else array.name]
     ends = np.cumsum(block.lengths[array.run])
     for start, end in zip(ends - block.lengths[array.run], ends, strict=True):
         chunk = np.zeros(chunk_shape, array.dtype)

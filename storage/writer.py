@@ -6,6 +6,7 @@ Shapes: `S` sequences of a shard, `L` rows of a sequence.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import re
@@ -234,12 +235,20 @@ class CacheWriter:
         They are what a killed writer leaves. The age keeps a living writer's attempt safe.
         """
         places = [*(self.root / SHARDS).iterdir(), *(self.root / COMMITS).iterdir(), *self.root.iterdir()]
-        old = [p for p in places if _OURS.fullmatch(p.name) and time.time() - p.lstat().st_mtime > age_s]
+        old = [p for p in places if _OURS.fullmatch(p.name) and _age_s(p) > age_s]
         named = {load_record(self.root, self.manifest, index).path for index in self.committed()} if old else set()
         orphans = [path for path in old if f"{SHARDS}/{path.name}" not in named]
         for path in orphans:
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)
         return orphans
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since it was touched; none where another writer took it away since it was listed."""
+    try:
+        return time.time() - path.lstat().st_mtime
+    except FileNotFoundError:
+        return -math.inf

@@ -17,7 +17,7 @@ from stillroom.storage.encode import EncodedRows
 from stillroom.storage.errors import DamagedError
 from stillroom.storage.interchange.plan import CODE, code_arrays
 from stillroom.storage.invariants import first_problem
-from stillroom.storage.layout import Run, arrays_of
+from stillroom.storage.layout import Run, code_arrays_of
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.raw import decodable
 from stillroom.storage.targets import SparseTargets
@@ -60,7 +60,7 @@ def sequence_digests(manifest: Manifest, block: EncodedRows) -> list[str]:
     """
     runs: dict[str, tuple[Array, Run]] = {
         spec.name: (block.arrays[spec.name].astype(spec.dtype, copy=False), spec.run)
-        for spec in arrays_of(manifest)
+        for spec in code_arrays_of(manifest)
         if not spec.name.startswith("id_")
     }
     runs["id"] = (block.arrays["id"].astype("<u4", copy=False), "entry")

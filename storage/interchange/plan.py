@@ -13,7 +13,7 @@ import pyarrow as pa
 from stillroom.storage import strict
 from stillroom.storage.commits import CommitRecord
 from stillroom.storage.errors import FormatError, InputError, NotACacheError
-from stillroom.storage.layout import ArraySpec, arrays_of
+from stillroom.storage.layout import ArraySpec, code_arrays_of
 from stillroom.storage.manifest import Manifest
 
 To = Literal["parquet", "arrow", "datasets"]
@@ -113,7 +113,7 @@ class _Settings:
 
 def code_arrays(manifest: Manifest) -> tuple[ArraySpec, ...]:
     """Arrays whose stored codes travel as they are: all but tokens, lengths and ids, which the plain columns give back."""
-    return tuple(a for a in arrays_of(manifest) if a.name not in ("tokens", "n", "id_lo", "id_hi"))
+    return tuple(a for a in code_arrays_of(manifest) if a.name not in ("tokens", "n", "id_lo", "id_hi"))
 
 
 def columns(manifest: Manifest) -> dict[str, pa.DataType]:

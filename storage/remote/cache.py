@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, final
 
+import numpy as np
 import pyarrow as pa
 
 from stillroom.storage import strict
@@ -27,6 +28,7 @@ from stillroom.storage.remote.place import Place
 from stillroom.storage.remote.prefetch import Prefetcher
 from stillroom.storage.remote.retry import RetryPolicy
 from stillroom.storage.stream import StreamOrder
+from stillroom.storage.targets import SparseTargets
 
 DEFAULT_CACHE_BYTES: Final = 64 << 30
 DEFAULT_WINDOW: Final = 8
@@ -53,7 +55,7 @@ class RemoteCache(Cache):
         manifest: Manifest,
         shards: list[int],
         reader: ReaderName,
-        columns: Collection[Column],
+        columns: tuple[Column, ...],
         *,
         local: LocalShards,
         index: Index | None,
@@ -65,9 +67,10 @@ class RemoteCache(Cache):
         self._index = index
         self._indexed: Final = index is not None
         self._pid = os.getpid()
+        self._leases: dict[int, Lease] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_index": None}
+        return {**super().__getstate__(), "_index": None, "_leases": {}}
 
     def read(self, indices: Iterable[int]) -> SequenceBatch:
         """As `Cache.read`; a shard whose local copy went bad on the disk is fetched again.
@@ -77,13 +80,36 @@ class RemoteCache(Cache):
             DamagedError: a shard is damaged where it comes from.
             CacheError: the store kept failing, or there is no room.
         """
-        wanted = [int(index) for index in indices]
+        parts = [self._read_healed(part) for part in self._bounded([int(index) for index in indices])]
+        if len(parts) == 1:
+            return parts[0]
+        return SequenceBatch(
+            np.concatenate([part.tokens for part in parts]), SparseTargets.concat([part.targets for part in parts])
+        )
+
+    def _bounded(self, wanted: list[int]) -> list[list[int]]:
+        """`wanted` in runs that read no more shards at once than may be held."""
+        runs: list[list[int]] = [[]]
+        shards: set[int] = set()
+        for index in wanted:
+            shard = self.shard_of(index)
+            if shard not in shards and len(shards) >= self._most_open(shard):
+                runs.append([])
+                shards = set()
+            shards.add(shard)
+            runs[-1].append(index)
+        return runs
+
+    def _read_healed(self, wanted: list[int]) -> SequenceBatch:
         try:
             return super().read(wanted)
         except DamagedError:
             if not self._heal({self.shard_of(index) for index in wanted}):
                 raise
             return super().read(wanted)
+
+    def _most_open(self, shard: int) -> int:
+        return max(1, min(_MOST_OPEN, self.local.cap_bytes // (2 * self.record(shard).size_bytes)))
 
     def record(self, shard: int) -> CommitRecord:
         """Commit record of a shard, from the index or from the store.
@@ -137,15 +163,16 @@ class RemoteCache(Cache):
             lease.release()
             raise
         weakref.finalize(reader, lease.release)
+        self._leases[shard] = lease
         return reader
 
     def _shard(self, shard: int) -> ShardReader:
         if self._pid != os.getpid():  # after a fork: the parent's leases are not ours
             self._pid = os.getpid()
             self._open.clear()
+            self._leases.clear()
         if shard not in self._open:
-            most = max(1, min(_MOST_OPEN, self.local.cap_bytes // (2 * self.record(shard).size_bytes)))
-            while len(self._open) >= most:  # before the next one asks for room
+            while len(self._open) >= self._most_open(shard):  # before the next one asks for room
                 self._open.popitem(last=False)
         return super()._shard(shard)
 
@@ -172,6 +199,8 @@ class RemoteCache(Cache):
         bad = [record for record in map(self.record, shards) if not intact(record, self.path)]
         for record in bad:
             self._open.pop(record.shard, None)
+            if lease := self._leases.pop(record.shard, None):
+                lease.release()  # not left to the reader's end: the error under way holds it
             self.local.evict(record)
         return bool(bad)
 
@@ -196,7 +225,7 @@ def open_remote(
     *,
     partial: bool = False,
     reader: ReaderName = "direct",
-    columns: Collection[Column] = COLUMNS,
+    columns: tuple[Column, ...] = COLUMNS,
     cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     storage_options: Mapping[str, Any] | None = None,

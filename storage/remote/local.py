@@ -129,7 +129,8 @@ class LocalShards:
 
     def held_bytes(self) -> int:
         """Bytes of all shards here, downloads included."""
-        return sum(size for _, size in self._contents())
+        with self._locked():
+            return sum(size for _, size in self._contents())
 
     def _fill(self, record: CommitRecord, download: Download, part: Path, final: Path, handle: int) -> Lease:
         try:
@@ -172,12 +173,13 @@ class LocalShards:
 
     def _contents(self) -> list[tuple[Path, int]]:
         """Every shard and download here with the bytes it counts for."""
-        found = []
+        found = {}
         for path in self.cache_dir.glob("*/shards/*"):
             matched = _PART.fullmatch(path.name)
             size = int(matched[2]) if matched else sum(_size(file) for file in path.rglob("*"))
-            found.append((path, size))
-        return found
+            # Once each, as a download may be renamed to its shard while we list.
+            found[path.with_name(matched[1]) if matched else path] = (path, size)
+        return list(found.values())
 
     def _make_room(self, needed: int, part: Path, keep: Collection[str], *, spare_kept: bool) -> None:
         others = [(path, size) for path, size in self._contents() if path != part]

@@ -133,3 +133,27 @@ def test_the_document_does_what_it_says(
     assert "after token" in said
     assert "nats at most" in said
     assert "2 of 2 shards are byte for byte" in said
+
+
+@pytest.mark.parametrize("sampler", ["threshold", "random", "top_k"])
+def test_what_the_pipeline_writes_is_sound_and_repair_costs_one_shard(
+    sampler: str, teacher_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cache"
+    command = ["cache", "--teacher", teacher_folder, "--data", text_file, "--out", out, "--seq-len", "16"]
+    command += ["--max-sequences", "10", "--sequences-per-shard", "4", "--sampler", sampler]
+    assert run(*command) == 0
+    assert run("verify", out, "--hashes") == 0
+    cut(out)
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and "000001" not in str(path)}
+    assert run("verify", out, "--repair") == 1
+    capsys.readouterr()
+    assert run(*command, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["shards_before"] == 2
+    assert run("verify", out, "--hashes") == 0
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert run("export", out, "--out", tmp_path / "rows") == 0
+    capsys.readouterr()
+    assert run("import", tmp_path / "rows", "--out", tmp_path / "back", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["identical"] == 3
+    assert (tmp_path / "back/tokenizer/tokenizer.json").read_bytes() == (out / "tokenizer/tokenizer.json").read_bytes()

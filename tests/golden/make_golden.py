@@ -32,6 +32,10 @@ SPECS = {
     "systematic": SamplerSpec(kind="systematic", draws=12, keep_logp="none"),
     "top_k": SamplerSpec(kind="top_k", draws=10),
     "top_p": SamplerSpec(kind="top_p", draws=20, top_p=0.8),
+    "threshold-fast": SamplerSpec(draws=20),
+    "random-fast": SamplerSpec(kind="random", draws=12, keep_logp="none"),
+    "threshold-small": SamplerSpec(draws=20),
+    "random-small": SamplerSpec(kind="random", draws=12, keep_logp="all"),
 }
 
 
@@ -40,9 +44,12 @@ def write(name: str) -> None:
     folder = HERE / name
     folder.mkdir()  # fails where there is one
     # Two vocabularies: ids in 16 bits, ids with bit planes above them; and one cache of several shards.
-    vocab_size = 5000 if name == "systematic" else 70_000
+    profile = name.split("-")[-1] if name.endswith(("fast", "small")) else "standard"
+    vocab_size = 5000 if name == "systematic" or profile == "small" else 70_000
     sequences = 3 if name == "threshold" else 2
-    plan = made.manifest(SPECS[name], vocab_size=vocab_size, seq_len=8, sequences=sequences, sequences_per_shard=2)
+    plan = made.manifest(
+        SPECS[name], vocab_size=vocab_size, seq_len=8, sequences=sequences, sequences_per_shard=2, profile=profile
+    )
     made.write(folder / "cache", plan)
     tokens, targets = open_cache(folder / "cache").read(range(sequences))
     fields = {field: getattr(targets, field) for field in FIELDS}

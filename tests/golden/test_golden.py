@@ -17,7 +17,8 @@ from stillroom.storage.cache import open_cache
 HERE = Path(__file__).parent
 VERSION_1 = {
     "threshold", "threshold-head", "threshold-wide", "random", "random-head", "random-all", "random-wide",
-    "random-exponent", "systematic", "top_k", "top_p",
+    "random-exponent", "systematic", "top_k", "top_p", "threshold-fast", "random-fast",
+    "threshold-small", "random-small",
 }  # fmt: skip
 NAMES = sorted(VERSION_1 | {path.parent.name for path in HERE.glob("*/expected.json")})
 DTYPES = {

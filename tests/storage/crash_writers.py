@@ -14,7 +14,9 @@ import json
 import os
 import random
 import signal
+import sys
 import time
+import traceback
 from pathlib import Path
 
 import made
@@ -56,7 +58,10 @@ def start(root: Path, manifest, seed: int, log: int) -> int:
         try:
             write(root, manifest, seed, log)
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(status)
     return process
 

@@ -19,26 +19,28 @@ STALL_S = 30.0
 
 
 class S3:
-    """A bucket of a moto server."""
+    """A new bucket of a moto server."""
 
     def __init__(self, endpoint: str, bucket: str) -> None:
-        self.endpoint, self.bucket = endpoint, bucket
+        from obstore.store import S3Store
+
+        self.endpoint = endpoint
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{bucket}", method="PUT"), timeout=20).close()
+        self._store = S3Store(
+            bucket, endpoint=endpoint, access_key_id="user", secret_access_key="secret", region="us-east-1",
+            client_options={"allow_http": True},
+        )  # fmt: skip
 
     def put(self, name: str, data: bytes) -> None:
-        self._ask("PUT", name, data)
+        self._store.put(name, data)
 
     def delete(self, name: str) -> None:
-        self._ask("DELETE", name)
+        self._store.delete(name)
 
     def put_folder(self, folder: Path, name: str) -> None:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 self.put(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
-
-    def _ask(self, method: str, name: str, data: bytes | None = None) -> None:
-        url = f"{self.endpoint}/{self.bucket}/{name}".rstrip("/")
-        with urllib.request.urlopen(urllib.request.Request(url, data=data, method=method)) as answer:
-            answer.read()
 
 
 class _Quiet(http.server.ThreadingHTTPServer):

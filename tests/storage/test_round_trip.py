@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
-import textwrap
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import zarr
 
 from stillroom.storage import layout
 from stillroom.storage.cache import open_cache
-from stillroom.storage.codes import PIVOT, logp_scale
+from stillroom.storage.codes import logp_scale
 from stillroom.storage.spec import SamplerSpec
 from stillroom.storage.targets import SparseTargets
 
@@ -137,25 +135,6 @@ def test_stock_zarr_reads_every_array(made, tmp_path):
     np.testing.assert_array_equal(group["tokens"][:], tokens[:3])
 
 
-def test_the_recipe_of_the_format_page_works(made, tmp_path):
-    # The lines in layout's docstring, as they stand there, against our decoder.
-    spec = SamplerSpec(kind="random", draws=30, keep_logp="none")
-    made.write(tmp_path, made.manifest(spec, vocab_size=70_000))
-    cache = open_cache(tmp_path)
-    _, code = layout.__doc__.split("`random` cache:\n", 1)
-    code = textwrap.dedent(code) + "    collect(ids, weights)\n"
-    for i in range(3):
-        rows = []
-        scope = {
-            "zarr": zarr, "np": np, "N": 30, "i": i, "path": tmp_path / cache.record(0).path,
-            "collect": lambda ids, weights, rows=rows: rows.append((ids, weights)),
-        }  # fmt: skip
-        exec(code, scope)
-        targets = cache[i].targets
-        np.testing.assert_array_equal(np.concatenate([ids for ids, _ in rows]), targets.ids)
-        np.testing.assert_allclose(np.concatenate([weights for _, weights in rows]), targets.weights, rtol=1e-6)
-
-
 def test_same_data_same_bytes(made, tmp_path):
     manifest = made.manifest(SamplerSpec(draws=20), vocab_size=70_000)
     for name in ("a", "b"):
@@ -206,10 +185,3 @@ def test_rows_on_both_sides_of_every_group(made, tmp_path):
     writer = made.CacheWriter(tmp_path, manifest)
     writer.write_shard(0, np.zeros((2, 9001), np.uint32), targets, rng.random((18000, 3)))
     assert_equal(open_cache(tmp_path).read([0, 1]).targets, targets)
-
-
-def test_every_array_is_on_the_format_page(made):
-    documented = set(re.findall(r"^    (\w+) +\[S", layout.__doc__, re.M))
-    used = {array.name for spec in SPECS for array in layout.arrays_of(made.manifest(spec, vocab_size=70_000))}
-    assert used == documented
-    assert PIVOT == 64
