@@ -23,7 +23,7 @@ from stillroom.storage.targets import SparseTargets
 from stillroom.storage.writer import CacheWriter
 
 VOCAB_SIZE, SEQ_LEN, ENTRIES_PER_ROW, BATCH = 128_256, 2048, 12.25, 16
-ENTRY_ARRAYS = {"id_lo", "id_hi", "count", "logp_head", "logp_tail"}
+ENTRY_ARRAYS = {"id_lo", "id_hi", "count", "logp_head", "logp_tail", "id", "weight", "head_rank", "tail_rank"}
 # (name, sampler, most bytes per row at 12.25 entries). Threshold keeps more entries than random at one N: 43 draws match.
 # (name, sampler, profile, most bytes per row at 12.25 entries). Threshold keeps more entries than random at one N: 43 draws
 # match. `fast` promises no size; `small` is to be a fifth under `standard`, and the page says how far it is from that.
@@ -174,7 +174,7 @@ def page(figures: dict[str, Any], sequences: int) -> str:
         ["write (encode, zstd, SHA-256, fsync)", *(f"{figures[n]['write_rows_per_cpu_s'] / 1e6:.2f}" for n in names)]
     ]
     rate_rows += [
-        [f"read, {r}", *(f"{figures[n]['random_read_rows_per_cpu_s'][r] / 1e6:.2f}" for n in names)] for r in readers
+        [f"read, {r}", *(f"{figures[n]['read_rows_per_cpu_s'][r] / 1e6:.2f}" for n in names)] for r in readers
     ]
     rate_rows.append(
         [
@@ -182,7 +182,7 @@ def page(figures: dict[str, Any], sequences: int) -> str:
             *(f"{figures[n]['loader_rows_per_s'] / 1e6:.2f}" for n in names),
         ]
     )
-    first = list(figures[names[0]]["read_rows_per_cpu_s"])[0]
+    first = next(iter(figures[names[0]]["read_rows_per_cpu_s"]))
     ratios = [
         [r, *(f"{figures[n]['read_rows_per_cpu_s'][r] / figures[n]['read_rows_per_cpu_s'][first]:.3f}" for n in names)]
         for r in readers[1:]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from stillroom.storage.background import keep_scratch
 from stillroom.storage.commits import CommitRecord, committed, damaged, load_record
-from stillroom.storage.decode import Room, decode_rows, plain_rows
+from stillroom.storage.decode import Room, decode_rows, joined, plain_rows
 from stillroom.storage.errors import CacheError, DamagedError, InputError
 from stillroom.storage.gather import COLUMNS, Column, gather, gather_stored, needed
 from stillroom.storage.index import Index, read_index
@@ -121,7 +121,7 @@ class Cache:
             return SequenceBatch(np.zeros((0, self.manifest.packing.seq_len + 1), np.uint32), _no_targets())
         return SequenceBatch(
             np.concatenate([part.tokens for part in parts]),
-            _joined([part.targets for part in parts], Room(room.ids[:used], room.weights[:used])),
+            joined([part.targets for part in parts], Room(room.ids[:used], room.weights[:used])),
         )
 
     @property
@@ -234,20 +234,6 @@ class Cache:
             place = places[int(np.argmax(tokens_BL1.max(1)))]
             raise damaged(place[0], f"sequence {place[1]} has a token id that is not below {known}")
         return SequenceBatch(tokens_BL1, targets)
-
-
-def _joined(parts: list[SparseTargets], entries: Room) -> SparseTargets:
-    """The rows of `parts`, whose ids and weights lie one after the other in `entries`."""
-    ends = np.cumsum([0] + [part.entries for part in parts])
-    logps = [part.logp for part in parts if part.logp is not None]
-    return SparseTargets(
-        offsets=np.concatenate([np.zeros(1, np.int64), *(p.offsets[1:] + end for p, end in zip(parts, ends))]),
-        ids=entries.ids,
-        weights=entries.weights,
-        label_logp=np.concatenate([part.label_logp for part in parts]),
-        entropy=np.concatenate([part.entropy for part in parts]),
-        logp=np.concatenate(logps) if logps else None,
-    )
 
 
 def _no_targets() -> SparseTargets:

@@ -111,6 +111,20 @@ def plain_rows(vocab_size: int, draws: int, raw: dict[str, Array]) -> SparseTarg
     )
 
 
+def joined(parts: list[SparseTargets], entries: Room) -> SparseTargets:
+    """The rows of `parts`, whose ids and weights lie one after the other in `entries`."""
+    ends = np.cumsum([0] + [part.entries for part in parts])
+    logps = [part.logp for part in parts if part.logp is not None]
+    return SparseTargets(
+        offsets=np.concatenate([np.zeros(1, np.int64), *(p.offsets[1:] + end for p, end in zip(parts, ends))]),
+        ids=entries.ids,
+        weights=entries.weights,
+        label_logp=np.concatenate([part.label_logp for part in parts]),
+        entropy=np.concatenate([part.entropy for part in parts]),
+        logp=np.concatenate(logps) if logps else None,
+    )
+
+
 def check_ids(ids: npt.NDArray[np.int32], vocab_size: int) -> None:
     """One pass finds both kinds of bad id: as unsigned, a negative one is huge.
 

@@ -95,7 +95,7 @@ def _lengths(place: tuple[ShardReader, int], chunks: dict[str, Array]) -> dict[s
         lengths["head"] = int(np.count_nonzero(chunks["count"]))
     elif "head_rank" in chunks:
         lengths["head"] = lengths["entry"]
-    if "head" in lengths:
+    if "n_head" in chunks or "tail_rank" in chunks:
         lengths["tail"] = lengths["entry"] - lengths["head"]
     for run, length in lengths.items():
         if not 0 <= length <= getattr(reader.record.widths, run):

@@ -201,7 +201,7 @@ class RemoteCache(Cache):
             self._open.pop(record.shard, None)
             if lease := self._leases.pop(record.shard, None):
                 lease.release()  # not left to the reader's end: the error under way holds it
-            self.local.evict(record)
+            self.local.discard(record)
         return bool(bad)
 
     def _fetch_record(self, shard: int) -> CommitRecord:

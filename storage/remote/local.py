@@ -122,10 +122,10 @@ class LocalShards:
                 fcntl.flock(handle, fcntl.LOCK_SH)
                 _unlock(handle)
 
-    def evict(self, record: CommitRecord) -> bool:
-        """Drop the local copy; False where somebody reads it."""
+    def discard(self, record: CommitRecord) -> None:
+        """Drop a local copy that is bad, whoever reads it."""
         with self._locked():
-            return _remove(self.root / record.path)
+            _remove(self.root / record.path, in_use=True)
 
     def held_bytes(self) -> int:
         """Bytes of all shards here, downloads included."""
@@ -135,7 +135,8 @@ class LocalShards:
     def _fill(self, record: CommitRecord, download: Download, part: Path, final: Path, handle: int) -> Lease:
         try:
             download(record, part)
-            part.rename(final)
+            with self._locked():  # or a listing under way might see neither name
+                part.rename(final)
         except OSError as error:
             _drop(part, handle)
             if error.errno in _NO_SPACE:
@@ -217,14 +218,15 @@ def _claim(part: Path) -> tuple[int, bool]:
     return handle, True
 
 
-def _remove(path: Path) -> bool:
-    """Delete a directory nobody has locked, under another name first, so that it never is there in part."""
+def _remove(path: Path, *, in_use: bool = False) -> bool:
+    """Delete a directory nobody has locked (or any, with `in_use`), under another name first: it never is there in part."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not in_use:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not path.name.startswith(".gone-"):
             path = path.rename(path.with_name(f".gone-{secrets.token_hex(8)}"))
         shutil.rmtree(path, ignore_errors=True)

@@ -27,6 +27,8 @@ DTYPES = {
 }  # fmt: skip
 
 
+# zarr-python says of pcodec that other libraries may not know it: that is the price of profile `small`.
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
 @pytest.mark.parametrize("reader", ["direct", "zarr"])
 @pytest.mark.parametrize("name", NAMES)
 def test_golden(name, reader):

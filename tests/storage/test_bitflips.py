@@ -19,6 +19,9 @@ sys.modules["fuzzing"] = fuzzing
 _spec.loader.exec_module(fuzzing)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
+
+
 def flip(rng, copy) -> Path:
     """Flip one bit: one time in four of Zarr's metadata, else of what the rows hang on, by files or by bytes."""
     metadata = rng.integers(4) == 0

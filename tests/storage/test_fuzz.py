@@ -30,6 +30,9 @@ sys.modules["fuzzing"] = fuzzing
 _spec.loader.exec_module(fuzzing)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
+
+
 @pytest.fixture(scope="module")
 def copies(made, tmp_path_factory):
     root = tmp_path_factory.mktemp("fuzz")
