@@ -91,7 +91,9 @@ def make_plan(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -
         raise InputError(f"teacher {teacher.name} has a configuration but no weights: give a trained model")
     cache = None
     if config.cache is not None:  # forward KL needs the weights only
-        cache = open_cache(config.cache, columns=("tokens",), cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
+        cache = open_cache(
+            config.cache, columns=("tokens",), cache_dir=config.cache_dir, cache_bytes=config.cache_bytes
+        )
     source: Source
     if cache is None:
         assert tokens_SL1 is not None
