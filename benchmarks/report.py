@@ -58,22 +58,37 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def save(name: str, title: str, command: str, figures: dict[str, Any], body: str) -> None:
-    """Write `docs/benchmarks/NAME.json` and the page made from it; on CUDA `NAME-h200.json` style names are the caller's.
+    """Write `docs/benchmarks/NAME.json` and the page made from it, and print the page.
 
     Args:
-        name: file stem.
+        name: file stem; a run on a GPU takes a stem of its own, so that it stands beside the CPU's.
         title: heading of the page.
         command: what to type to get these numbers again.
         figures: everything measured, JSON-able.
         body: Markdown below the heading: what was measured, tables, what they show, what fell short.
     """
     PAGES.mkdir(parents=True, exist_ok=True)
-    where, date = machine(), datetime.date.today().isoformat()
-    record = {"benchmark": name, "date": date, "command": command, "machine": where, "figures": figures}
+    date = datetime.date.today().isoformat()
+    record = {"benchmark": name, "date": date, "command": command, "machine": machine(), "figures": figures}
     (PAGES / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-    device = where["gpu"] or "no GPU"
-    page = f"# {title}\n\n{date} · {where['cpu']}, {where['cores']} cores, {device} · Python {where['python']}, {versions}\n\n"
-    page += f"`{command}` makes this page and [{name}.json]({name}.json).\n\n{body.strip()}\n"
+    render(name, title, body)
+
+
+def figures_of(name: str) -> dict[str, Any]:
+    """The figures of a kept result."""
+    figures: dict[str, Any] = json.loads((PAGES / f"{name}.json").read_text())["figures"]
+    return figures
+
+
+def render(name: str, title: str, body: str) -> None:
+    """Write the page of a kept result: its own date, machine and command above `body`."""
+    record = json.loads((PAGES / f"{name}.json").read_text())
+    where = record["machine"]
+    versions = ", ".join(f"{library} {number}" for library, number in where["versions"].items())
+    page = (
+        f"# {title}\n\n{record['date']} · {where['cpu']}, {where['cores']} cores, {where['gpu'] or 'no GPU'} · "
+        f"Python {where['python']}, {versions}\n\n"
+        f"`{record['command']}` makes this page and [{name}.json]({name}.json).\n\n{body.strip()}\n"
+    )
     (PAGES / f"{name}.md").write_text(page)
     print(page)

@@ -24,6 +24,7 @@ from stillroom.pipeline.config import CacheConfig
 from stillroom.pipeline.packing import PackedCorpus, pack, tokenizer_fingerprint
 from stillroom.pipeline.teacher import Teacher, load_tokenizer
 from stillroom.storage.errors import InputError
+from stillroom.storage.index import write_index
 from stillroom.storage.manifest import CorpusInfo, Manifest, PackingInfo, TeacherInfo, TokenizerInfo
 from stillroom.storage.spec import SamplerSpec
 from stillroom.storage.targets import SparseTargets
@@ -98,6 +99,8 @@ def build_cache(config: CacheConfig, *, on_progress: Progress = lambda stage, do
             rounding_R3 = _rounding(spec.seed, np.arange(first, stop), config.seq_len)
             writer.submit(shard, tokens_SL1, SparseTargets.concat(parts), rounding_R3)
             done += len(tokens_SL1)
+    if len(before) < manifest.shards:
+        write_index(config.out)  # one file to open instead of a record per shard
     return CacheResult(
         out=config.out,
         sequences=manifest.sequences,

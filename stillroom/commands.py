@@ -25,7 +25,7 @@ class InspectConfig(BaseModel):
     """Settings of `stillroom inspect`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    cache: Path = Field(description="directory of the cache")
+    cache: str = Field(description="directory or URL of the cache")
     sample: int = Field(64, ge=1, description="sequences read to measure kept mass and entries per row")
 
 
@@ -38,7 +38,7 @@ class EvaluateConfig(BaseModel):
     data: str | None = Field(
         None, description="held-out text: file, folder or `datasets` name, cut by the student's tokenizer"
     )
-    cache: Path | None = Field(None, description="take the token ids of this cache instead of text")
+    cache: str | None = Field(None, description="take the token ids of this cache (directory or URL) instead of text")
     text_column: str = Field("text", description="column or JSON key that holds the text")
     split: str = Field("train", description="split of a `datasets` dataset")
     seq_len: int = Field(1024, ge=2, description="rows per sequence of --data")

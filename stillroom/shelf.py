@@ -12,6 +12,8 @@ from stillroom.console import Reporter, say, show_pairs
 if TYPE_CHECKING:
     from stillroom.storage.interchange.reading import ImportResult
     from stillroom.storage.interchange.writing import ExportResult
+    from stillroom.storage.manifest import Profile
+    from stillroom.storage.reencode import ReencodeResult
     from stillroom.storage.verify import VerifyReport
 
 SHOWN: Final = 40  # findings in the table; --json has them all
@@ -36,6 +38,10 @@ class ExportConfig(BaseModel):
     cache: Path = Field(description="directory of the cache")
     out: Path = Field(description="folder of the export: new, or of the same export to go on with it")
     to: Literal["parquet", "arrow", "datasets"] = Field("parquet", description="kind of file")
+    profile: Literal["standard", "fast", "small"] | None = Field(
+        None,
+        description="instead of files for other tools, write a cache of this profile: the same targets in other bytes",
+    )
     shards_per_file: int | None = Field(
         None, ge=1, description="shards of the cache in one data file (default: about 256 MB)"
     )
@@ -93,8 +99,10 @@ def _show(config: VerifyConfig, result: VerifyReport) -> None:
         say(f"dropped {len(result.dropped)} shards: run `stillroom cache` again to make them")
 
 
-def export(config: ExportConfig, as_json: bool) -> ExportResult:
+def export(config: ExportConfig, as_json: bool) -> ExportResult | ReencodeResult:
     """`stillroom export`."""
+    if config.profile is not None:
+        return _reencode(config, config.profile, as_json)
     from stillroom.storage.interchange.writing import export_cache
 
     with Reporter() as report:
@@ -116,6 +124,24 @@ def export(config: ExportConfig, as_json: bool) -> ExportResult:
             ("seconds", f"{result.seconds:.1f}"),
         ]
         show_pairs(f"export {result.out} ({result.to})", pairs)
+    return result
+
+
+def _reencode(config: ExportConfig, profile: Profile, as_json: bool) -> ReencodeResult:
+    from stillroom.storage.reencode import reencode
+
+    with Reporter() as report:
+        result = reencode(
+            config.cache, config.out, profile, on_progress=lambda done, total: report("export", done, total)
+        )
+    if result.already_done:
+        say(f"cache {result.out} is complete ({result.shards} shards): nothing to do")
+    if not as_json:
+        pairs = [
+            ("shards", f"{result.shards} ({result.shards_before} were there)"),
+            ("bytes per row", f"{result.bytes_per_row:.2f} (was {result.source_bytes_per_row:.2f})"),
+        ]
+        show_pairs(f"cache {result.out} ({result.profile})", pairs)
     return result
 
 

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stillroom.cli import main
+from stillroom.storage.cache import open_cache
 from stillroom.storage.spec import SamplerSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,3 +159,16 @@ def test_what_the_pipeline_writes_is_sound_and_repair_costs_one_shard(
     assert run("import", tmp_path / "rows", "--out", tmp_path / "back", "--json") == 0
     assert json.loads(capsys.readouterr().out)["identical"] == 3
     assert (tmp_path / "back/tokenizer/tokenizer.json").read_bytes() == (out / "tokenizer/tokenizer.json").read_bytes()
+
+
+def test_export_to_another_profile(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "fast"
+    assert run("export", cache, "--profile", "fast", "--out", out, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["profile"], said["shards_before"]) == ("fast", 0)
+    old, new = open_cache(cache), open_cache(out)
+    one, other = old.read(range(len(old))).targets, new.read(range(len(new))).targets
+    for field in ("offsets", "ids", "weights", "logp", "label_logp", "entropy"):
+        np.testing.assert_array_equal(getattr(other, field), getattr(one, field))
+    assert run("export", cache, "--profile", "fast", "--out", out) == 0
+    assert "nothing to do" in capsys.readouterr().err
