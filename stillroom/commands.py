@@ -51,7 +51,7 @@ class DemoConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     out: Path = Field(Path("runs/demo"), description="folder for everything the demo makes")
-    tokens: int = Field(600_000, ge=20_000, description="tokens the teacher and each student are trained on")
+    tokens: int = Field(300_000, ge=20_000, description="tokens the teacher and each student are trained on")
     seed: int = Field(0, description="seed of initial weights, order and sampler")
 
 
