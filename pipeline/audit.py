@@ -13,9 +13,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from stillroom.storage.cache import Cache
 
 from stillroom.pipeline.teacher import Teacher
+from stillroom.storage.cache import Cache
 from stillroom.storage.errors import InputError
 
 BUCKET_EDGES: Final = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0 + 1e-6)
