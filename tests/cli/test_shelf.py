@@ -147,7 +147,12 @@ def test_what_the_pipeline_writes_is_sound_and_repair_costs_one_shard(
     assert run(*command) == 0
     assert run("verify", out, "--hashes") == 0
     cut(out)
-    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and "000001" not in str(path)}
+    # all but the lost shard, and the index, which is made anew from the records
+    kept = {
+        path: path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and "000001" not in str(path) and path.name != "index.arrow"
+    }
     assert run("verify", out, "--repair") == 1
     capsys.readouterr()
     assert run(*command, "--json") == 0
