@@ -205,11 +205,12 @@ Reading as a part of the memory map's rate in the same run:
 
 {table(["", *names], ratios)}
 
-Targets, in millions of rows: {TARGETS}. What limits them: of a `standard` read about 40 % is Zstandard (one call for all
-arrays of {BATCH // 4} sequences), the rest numpy passes over the entries, of which two running sums and two scatters of the
-heads are most; a `fast` read is CRC-32C and one copy; a write is half Zstandard. `id_of_rank` is once a shard: here a
-shard is small, in a shard of 8 million rows it is 0.01 bytes a row. Without it `small` still misses its fifth, because
-the steps of the tails are in `standard` already.
+Targets, in millions of rows: {TARGETS}. All of them but the byte
+limits are missed: reading `standard` by more than half, `fast` by more than two thirds, writing and the loader by about
+half or more, and `small` saves a few per cent, not a fifth. Profiled step by step, Zstandard is over a third of a `standard` read
+and numpy passes over the entries most of the rest, but the steps add up to about half of what the whole costs: why is
+not known yet. The machine was shared with other work during this run. `id_of_rank` is once a shard: here a shard is
+small, in a shard of 8 million rows it is 0.01 bytes a row.
 """
 
 
