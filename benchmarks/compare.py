@@ -198,7 +198,7 @@ def body(figures: dict[str, Any]) -> str:
         'student seeds, both in brackets. "% of gap" is the share of the way from CE to full KD of the same seed. Bytes are '
         "the whole cache divided by its rows: ids, weights, tokens, label log-probability, entropy (and every entry's "
         "log-probability in `threshold N=50`, the head's in the other threshold arm, none in `random` and `systematic`). "
-        "The teacher is young and its rows are flat: about 28 entries where a trained one has 12.\n\n"
+        "The teacher is young and its rows are flat: about 28 entries of 50 draws (the paper's teacher: 12).\n\n"
         + report.table(header, rows)
         + "\n\n"
         + (unresolved if loss_gap <= 2 * loss_spread else "")
