@@ -42,7 +42,7 @@ format: $(READY)    ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-compare: $(READY)   ## the paper's experiment in small (about 20 minutes): docs/benchmarks/compare.*
+compare: $(READY)   ## the paper's experiment in small (up to an hour on two cores): docs/benchmarks/compare.*
 	$(BIN)/python -m benchmarks.compare
 
 bench: bench-storage bench-kernels
