@@ -7,9 +7,9 @@ from typing import Any, Final, Literal, get_args
 
 from stillroom.storage.errors import InputError
 
-SamplerKind = Literal["threshold", "random", "systematic", "top_k", "top_p"]
+SamplerKind = Literal["threshold", "random", "systematic", "stratified", "top_k", "top_p"]
 KeepLogp = Literal["all", "head", "none"]
-COUNT_KINDS: Final = ("random", "systematic")
+COUNT_KINDS: Final = ("random", "systematic", "stratified")
 MAX_DRAWS: Final = 4096
 
 
@@ -19,7 +19,7 @@ class SamplerSpec:
 
     Attributes:
         kind: `threshold` (exact head p >= 1/draws, systematic tail), `random` (draws with replacement), `systematic`
-            (systematic draws), `top_k` or `top_p`.
+            (evenly spaced draws, one random offset), `stratified` (one draw in each Nth of the mass), `top_k` or `top_p`.
         draws: N, the knob of every sampler: number of draws, threshold 1/N; for `top_k` the k, for `top_p` the cap on
             the number of entries.
         seed: 64-bit key of the counter-based generator.

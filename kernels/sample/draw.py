@@ -1,4 +1,4 @@
-"""The five ways to pick a row's entries from its integer weights.
+"""The six ways to pick a row's entries from its integer weights.
 
 Id `i` of a row owns the `w_i` integers of [0, W) that follow those of the ids before it, and a draw is an integer. It is
 found in two steps, the block by cumulative sums of blocks, then the id inside it, so a row's ids are scanned only
@@ -7,6 +7,8 @@ where a draw fell. Let `N` be the number of draws:
     random      r_j = floor(u_j * W / 2**64), u_j 64-bit draws; weight count/N, for a proposal q ~ p**t count/N * p/q
     systematic  r_j = floor((j*W + u) / N), u uniform in [0, W): over u, the N*W values j*W + u visit every integer
                 once, so an id is hit N*w/W times on average, exactly, and floor or ceil of that in any one row
+    stratified  r_j = floor((j*W + u_j) / N), each u_j uniform in [0, W) on its own: the same points are visited, so the
+                average is the same; the noise lies between those of the two above, and neighbouring hits are independent
     threshold   head: w*N >= W, weight w/W. Tail of total T: m = max(1, floor(N*T/W)) systematic draws over the tail
                 alone, weight T/W/m. A tail id has w < W/N <= T/m and w whole, so w <= ceil(T/m) - 1, at most the
                 distance of two neighbouring r_j: no id is hit twice. (Where floor(N*T/W) = 0 there is one draw.)
@@ -57,7 +59,7 @@ def threshold(weights: Weights, draws: int, words: Words) -> Picked:
     many_G = torch.where(tail_G > 0, _floor_of_share(draws, tail_G, total_G).clamp_min(1), 0)
     most = int(many_G.max())
     step_M = torch.arange(most, device=total_G.device)
-    point_GM = _systematic(step_M, tail_G.unsqueeze(1), many_G.clamp_min(1).unsqueeze(1), words)
+    point_GM = spread(step_M, tail_G.unsqueeze(1), many_G.clamp_min(1).unsqueeze(1), words)
     row_D, step_D = (step_M < many_G.unsqueeze(1)).nonzero(as_tuple=True)
     block_D, rest_D = _block_of(tail_GB, point_GM, row_D, step_D)
     window_DI = weights.windows(row_D * blocks_GB.shape[1] + block_D)
@@ -73,15 +75,15 @@ def threshold(weights: Weights, draws: int, words: Words) -> Picked:
     )
 
 
-def counts(weights: Weights, draws: int, words: Words, *, systematic: bool) -> Picked:
-    """Draws with replacement (or systematic ones) as counts."""
+def counts(weights: Weights, draws: int, words: Words, kind: str) -> Picked:
+    """`random`, `systematic` or `stratified` draws as counts."""
     total_G1 = weights.total_G.unsqueeze(1)
     rows, blocks = weights.blocks_GB.shape
     step_M = torch.arange(draws, device=total_G1.device)
-    if systematic:
-        point_GM = _systematic(step_M, total_G1, torch.full_like(total_G1, draws), words)
-    else:
+    if kind == "random":
         point_GM = scale_to(words, total_G1).sort(1).values  # sorted: ids then come out in order
+    else:
+        point_GM = spread(step_M, total_G1, torch.full_like(total_G1, draws), words)
     row_D = torch.arange(rows, device=step_M.device).repeat_interleave(draws)
     block_D, rest_D = _block_of(weights.blocks_GB, point_GM, row_D, step_M.repeat(rows))
     window_D, share_D = torch.unique_consecutive(row_D * blocks + block_D, return_inverse=True)
@@ -120,9 +122,13 @@ def largest(weights: Weights, draws: int, top_p: float) -> Picked:
     return Picked(row_E, id_GM[row_E, step_E], weight_E, torch.zeros_like(row_E))
 
 
-def _systematic(step_M: Tensor, total_G1: Tensor, many_G1: Tensor, words: Words) -> Tensor:
-    """floor((j * total + u) / many) for the steps j, u uniform in [0, total): `[G, M]` int64, without overflow."""
-    offset_G1 = scale_to((words[0][:, :1], words[1][:, :1]), total_G1)
+def spread(step_M: Tensor, total_G1: Tensor, many_G1: Tensor, words: Words) -> Tensor:
+    """floor((j * total + u) / many) for the steps j, u uniform in [0, total): `[G, M]` int64, without overflow.
+
+    `words` are `[G, 1]` for one u a row, `[G, M]` for one a step. With total = whole * many + over the numerator is
+    j * whole * many + (j * over + u), and j * over < many**2 <= 2**24.
+    """
+    offset_G1 = scale_to(words, total_G1)
     whole_G1 = total_G1.div(many_G1, rounding_mode="floor")
     over_GM = step_M * (total_G1 - whole_G1 * many_G1) + offset_G1
     return step_M * whole_G1 + over_GM.div(many_G1, rounding_mode="floor")

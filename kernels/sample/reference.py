@@ -21,7 +21,9 @@ from stillroom.kernels.sample.philox import STREAM_DRAWS, random_words
 from stillroom.kernels.sample.weights import MAX_VOCABULARY, Weigher, Weights
 from stillroom.kernels.targets import SparseTargets
 
-KINDS: Final = ("threshold", "random", "systematic", "top_k", "top_p")
+KINDS: Final = ("threshold", "random", "systematic", "stratified", "top_k", "top_p")
+COUNTS: Final = ("random", "systematic", "stratified")
+OWN_WORDS: Final = ("random", "stratified")  # kinds with a random number for each draw
 MAX_DRAWS: Final = 4096
 IGNORE_LABEL: Final = -100
 
@@ -46,7 +48,7 @@ def sample(
     Args:
         logits_NV: `[N, V]` float32 or bfloat16, any strides; -inf is probability 0.
         labels_N: `[N]` int64, the row's label, -100 where it has none.
-        kind: `threshold`, `random`, `systematic`, `top_k` or `top_p`; `draw.py` has the formulas.
+        kind: `threshold`, `random`, `systematic`, `stratified`, `top_k` or `top_p`; `draw.py` has the formulas.
         draws: the knob of every sampler, 1 to 4096: number of draws, threshold 1/draws, k, or cap of `top_p`.
         seed: 64-bit key.
         sequence_N: `[N]` int64, index of the row's sequence, below 2**40.
@@ -66,7 +68,7 @@ def sample(
     _check(logits_NV, labels_N, kind, draws, sequence_N, row_N, exponent, top_p)
     rows, vocabulary = logits_NV.shape
     weigher = Weigher(rows, vocabulary, logits_NV.device)
-    words_N = random_words(seed, sequence_N, row_N, stream=STREAM_DRAWS, count=draws if kind == "random" else 1)
+    words_N = random_words(seed, sequence_N, row_N, stream=STREAM_DRAWS, count=draws if kind in OWN_WORDS else 1)
     parts: list[_Part] = []
     for start in range(0, rows, weigher.group_rows):
         group = slice(start, start + weigher.group_rows)
@@ -79,8 +81,8 @@ def sample(
         words = words_N[0][group], words_N[1][group]
         if kind == "threshold":
             picked = draw.threshold(weights, draws, words)
-        elif kind in ("random", "systematic"):
-            picked = draw.counts(weights, draws, words, systematic=kind == "systematic")
+        elif kind in COUNTS:
+            picked = draw.counts(weights, draws, words, kind)
         else:
             picked = draw.largest(weights, draws, top_p)
         picked = _in_order(picked, weights.weights_GP.shape[1])

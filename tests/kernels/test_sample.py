@@ -90,11 +90,12 @@ def _expected(kind: str, weights: list[int], draws: int, words: list[int], top_p
         offset = words[0] * rest >> 64
         ids = [_find(tail, (j * rest + offset) // many) for j in range(many)]
         return head + ids, [_f32(weights[i] / total) for i in head] + [_f32(rest / total / max(1, many))] * many
-    if kind in ("random", "systematic"):
+    if kind in ("random", "systematic", "stratified"):
         if kind == "random":
             points = [word * total >> 64 for word in words]
         else:
-            points = [(j * total + (words[0] * total >> 64)) // draws for j in range(draws)]
+            own = kind == "stratified"
+            points = [(j * total + (words[j if own else 0] * total >> 64)) // draws for j in range(draws)]
         counts = Counter(_find(weights, point) for point in points)
         kept = sorted(counts, key=lambda i: (-counts[i], i))
         return kept, [_f32(counts[i] / draws) for i in kept]
@@ -277,7 +278,7 @@ def test_threshold_invariants(
         assert float(p_V[ids].min()) > 0.0
 
 
-@pytest.mark.parametrize("kind", ["random", "systematic"])
+@pytest.mark.parametrize("kind", ["random", "systematic", "stratified"])
 def test_counts_are_whole_and_sum_to_draws(kind: str) -> None:
     logits_NV = _zipf(200, 700)
     p_NV = logits_NV.double().softmax(1)
@@ -291,6 +292,10 @@ def test_counts_are_whole_and_sum_to_draws(kind: str) -> None:
             targets = _sample(logits_NV, kind, draws)
             expected_E = p_NV[targets.entry_rows(), targets.ids.long()] * draws
             assert float((targets.weights * draws - expected_E).abs().max()) < 1.0 + 1e-4
+        if kind == "stratified":  # the strata an id fills are sure, those it ends in are not
+            targets = _sample(logits_NV, kind, draws)
+            expected_E = p_NV[targets.entry_rows(), targets.ids.long()] * draws
+            assert float((targets.weights * draws - expected_E).abs().max()) < 2.0 + 1e-4
 
 
 def test_top_k_and_top_p() -> None:

@@ -4,7 +4,10 @@ Rows are independent and share one distribution, so every count below has a know
 
 - One id. Hits over `N` rows are binomial, exactly: for `random` of N * draws trials with p; for `systematic` what exceeds
   floor(draws * p) in each row is one trial with f = frac(draws * p); for a `threshold` tail id the inclusion is one trial with
-  pi = p * m / tail mass. "Within 4 standard errors for every id" is asked as 4 standard errors for the worst of them: 4 SE
+  pi = p * m / tail mass; for `stratified` an id is hit for sure by each stratum it fills and with a chance of its own by the
+  at most two it shares, so what exceeds the sure hits is two trials in each row: no wider than 2N binomial trials of the
+  mean chance (Hoeffding 1956, On the distribution of the number of successes in independent trials).
+  "Within 4 standard errors for every id" is asked as 4 standard errors for the worst of them: 4 SE
   has a two-sided normal level of 6.3e-5, so each of the n ids tested must have a two-sided exact binomial level of at
   least 6.3e-5 / n. (Plain 4 SE at each of 1,000 ids would be missed by chance once in 16 runs, more often for skewed
   counts near 10.) Ids expected fewer than 10 times are left to the next test.
@@ -88,15 +91,31 @@ def _laws(kind: str, p: Array, rows: int) -> tuple[Array, Array, int, float]:
         return np.zeros_like(p), p, rows * DRAWS, 1 / DRAWS
     if kind == "systematic":
         return np.floor(DRAWS * p), DRAWS * p - np.floor(DRAWS * p), rows, 1 / DRAWS
+    if kind == "stratified":
+        certain, first, last = _strata(p)
+        return certain, (first + last) / 2, 2 * rows, 1 / DRAWS
     tail = np.where(p >= 1 / DRAWS, 0.0, p)
     many = max(1, math.floor(DRAWS * tail.sum()))
     return np.zeros_like(p), tail * many / tail.sum(), rows, tail.sum() / many
+
+
+def _strata(p: Array) -> tuple[Array, Array, Array]:
+    """Strata each id fills, and its shares of the one it begins in and the one it ends in (0 if that is the same one)."""
+    end = np.cumsum(p) * DRAWS
+    begin = end - p * DRAWS
+    inside = np.floor(begin) == np.floor(end)
+    first = np.where(inside, end - begin, np.ceil(begin) - begin)
+    last = np.where(inside, 0.0, end - np.floor(end))
+    return np.where(inside, 0.0, np.floor(end) - np.ceil(begin)), first, last
 
 
 def _noise(kind: str, p: Array) -> float:
     """Sum over ids of the variance of one row's estimate."""
     if kind == "random":
         return float((1 - (p**2).sum()) / DRAWS)
+    if kind == "stratified":
+        _, first, last = _strata(p)
+        return float((first * (1 - first) + last * (1 - last)).sum()) / DRAWS**2
     _, chance, _, value = _laws(kind, p, 1)
     return float((value**2 * chance * (1 - chance)).sum())
 
@@ -144,7 +163,7 @@ def check_unbiased(kind: str, targets: SparseTargets, p: Array) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["threshold", "random", "systematic"])
+@pytest.mark.parametrize("kind", ["threshold", "random", "systematic", "stratified"])
 @pytest.mark.parametrize(
     ("vocabulary", "rows"),
     [(1_000, 20_000), (50_000, 1_000), pytest.param(50_000, 20_000, marks=pytest.mark.slow)],
@@ -154,6 +173,20 @@ def test_unbiased_with_the_noise_of_its_formula(kind: str, shape: str, vocabular
     logits_V = _logits(shape, vocabulary)
     p = logits_V.double().softmax(0).numpy()
     check_unbiased(kind, _draw(kind, logits_V, rows), p)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stratified_noise_lies_between(shape: str) -> None:
+    """By the formulas, for any p, and in the draws themselves, where the gaps are many standard errors."""
+    logits_V = _logits(shape, 1_000)
+    p = logits_V.double().softmax(0).numpy()
+    assert _noise("systematic", p) < _noise("stratified", p) < _noise("random", p)
+    measured = {}
+    for kind in ("systematic", "stratified", "random"):
+        targets = _draw(kind, logits_V, 20_000)
+        ids, weights = targets.ids.numpy(), targets.weights.numpy().astype(np.float64)
+        measured[kind] = float((weights**2 - 2 * weights * p[ids]).sum()) / targets.rows
+    assert measured["systematic"] < measured["stratified"] < measured["random"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -72,7 +72,7 @@ def test_same_bytes_for_any_batch_size_and_thread_count(teacher_folder: Path, te
     assert _array_digests(tmp_path / "c") == digests
 
 
-@pytest.mark.parametrize("sampler", ["threshold", "random", "systematic", "top_k", "top_p"])
+@pytest.mark.parametrize("sampler", ["threshold", "random", "systematic", "stratified", "top_k", "top_p"])
 def test_every_sampler_writes_a_cache_that_reads(
     sampler: str, teacher_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

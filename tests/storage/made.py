@@ -90,8 +90,9 @@ def _row(spec: SamplerSpec, p: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]
         assert len(tail) == many
         return np.concatenate([head, tail]), np.concatenate([p[head], np.full(many, tau / max(many, 1))])
     q = p**spec.exponent / (p**spec.exponent).sum()
-    if spec.kind == "systematic":
-        drawn = np.searchsorted(np.cumsum(q) / q.sum(), (rng.random() + np.arange(n)) / n)
+    if spec.kind in ("systematic", "stratified"):
+        u = rng.random(n if spec.kind == "stratified" else 1)
+        drawn = np.searchsorted(np.cumsum(q) / q.sum(), (u + np.arange(n)) / n)
         count = np.bincount(np.minimum(drawn, len(p) - 1), minlength=len(p))
     else:
         count = rng.multinomial(n, q)

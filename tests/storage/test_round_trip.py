@@ -27,6 +27,7 @@ SPECS = [
     SamplerSpec(kind="random", draws=30, exponent=1.5, keep_logp="none"),
     SamplerSpec(kind="systematic", draws=40, keep_logp="none"),
     SamplerSpec(kind="systematic", draws=40, keep_logp="all"),
+    SamplerSpec(kind="stratified", draws=40, keep_logp="all"),
     SamplerSpec(kind="top_k", draws=25),
     SamplerSpec(kind="top_p", draws=60, top_p=0.8),
 ]
