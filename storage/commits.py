@@ -9,10 +9,12 @@ A kill at any point leaves either no record (an orphan attempt, collected later)
 from __future__ import annotations
 
 import math
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from stillroom.storage import strict
 from stillroom.storage.errors import CacheError, DamagedError, FormatError
@@ -95,6 +97,11 @@ def record_name(index: int) -> str:
     return f"{COMMITS}/{index:06d}.json"
 
 
+def shards_named(names: Iterable[str]) -> set[int]:
+    """Indices of the shards whose records have these names; others are passed over."""
+    return {int(match[1]) for name in names if (match := _RECORD_NAME.fullmatch(name))}
+
+
 def committed(root: Path) -> set[int]:
     """Indices of the shards that have a record.
 
@@ -102,23 +109,44 @@ def committed(root: Path) -> set[int]:
         CacheError: the directory of records is missing.
     """
     try:
-        names = [entry.name for entry in (root / COMMITS).iterdir()]
+        return shards_named(os.listdir(root / COMMITS))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheError(f"{root} has no {COMMITS}/ directory: copy the whole cache, records included") from error
-    return {int(match[1]) for name in names if (match := _RECORD_NAME.fullmatch(name))}
 
 
-def load_record(root: Path, manifest: Manifest, index: int) -> CommitRecord:
+class JsonSource(Protocol):
+    """What records can be read from: a `Depot`, a `Place`."""
+
+    def read_json(self, path: str) -> dict[str, Any]:
+        """The JSON object at `path`, or FileNotFoundError, or FormatError."""
+
+
+def load_record(source: Path | JsonSource, manifest: Manifest, index: int) -> CommitRecord:
     """The record of shard `index`, checked against the manifest before anything is opened or allocated.
+
+    Args:
+        source: directory of the cache, or what reads from where it is.
+        manifest: of the cache.
+        index: of the shard.
 
     Raises:
         DamagedError: the record is missing, malformed, or does not belong to this manifest.
         FormatError: a newer version wrote it.
+        CacheError: a store that kept failing.
     """
+    record = find_record(source, manifest, index)
+    if record is None:
+        raise DamagedError(f"shard {index} has no record: run `stillroom cache` again to make it")
+    return record
+
+
+def find_record(source: Path | JsonSource, manifest: Manifest, index: int) -> CommitRecord | None:
+    """As `load_record`, but None where there is no record."""
+    name = record_name(index)
     try:
-        data = strict.load_file(root / record_name(index))
-    except FileNotFoundError as error:
-        raise DamagedError(f"shard {index} has no record: run `stillroom cache` again to make it") from error
+        data = strict.load_file(source / name) if isinstance(source, Path) else source.read_json(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except FormatError as error:
         raise damaged(index, str(error)) from error
     return parse_record(data, manifest, index)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, final
@@ -26,10 +26,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stillroom.storage import strict
-from stillroom.storage.commits import CommitRecord, committed, load_record, parse_record, record_name
-from stillroom.storage.errors import FormatError
-from stillroom.storage.files import sync_directory
-from stillroom.storage.manifest import Manifest
+from stillroom.storage.commits import (
+    COMMITS,
+    CommitRecord,
+    committed,
+    load_record,
+    parse_record,
+    record_name,
+    shards_named,
+)
+from stillroom.storage.depot import Depot, depot_at
+from stillroom.storage.errors import FormatError, NotACacheError
+from stillroom.storage.manifest import MANIFEST_NAME, Manifest
 
 INDEX_NAME: Final = "index.arrow"
 INDEX_FORMAT: Final = "stillroom-index"
@@ -182,29 +190,28 @@ def index_bytes(manifest: Manifest, records: list[CommitRecord]) -> bytes:
     return bytes(sink.getvalue())
 
 
-def write_index(root: str | os.PathLike[str]) -> Path:
-    """Write index.arrow of the cache in directory `root` from its records, whole or not at all. Any process may, any time.
+def write_index(root: str | os.PathLike[str] | Depot) -> Path | str:
+    """Write index.arrow of the cache at `root` from its records, whole or not at all. Any process may, any time.
+
+    Returns its path or URL.
+
+    Args:
+        root: directory or URL of the cache, or its `Depot`.
 
     Raises:
         NotACacheError: there is no manifest.
         CacheError: a record is damaged.
     """
-    folder = Path(root)
-    manifest = Manifest.load(folder)
-    shards = sorted(shard for shard in committed(folder) if shard < manifest.shards)
-    data = index_bytes(manifest, [load_record(folder, manifest, shard) for shard in shards])
-    path = folder / INDEX_NAME
-    temporary = folder / f".{INDEX_NAME}-{secrets.token_hex(8)}.tmp"
+    depot = depot_at(root)
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(folder)
-    return path
+        manifest = Manifest.from_json(depot.read_json(MANIFEST_NAME))
+    except FileNotFoundError:
+        raise NotACacheError(f"{depot.name} holds no {MANIFEST_NAME}: name a cache") from None
+    shards = sorted(shard for shard in shards_named(depot.list(COMMITS)) if shard < manifest.shards)
+    with ThreadPoolExecutor(depot.readers) as pool:
+        records = list(pool.map(lambda shard: load_record(depot, manifest, shard), shards))
+    depot.replace(INDEX_NAME, index_bytes(manifest, records))
+    return depot.root / INDEX_NAME if isinstance(depot.root, Path) else f"{depot.root}/{INDEX_NAME}"
 
 
 def read_index(root: Path, manifest: Manifest) -> Index | None:

@@ -6,17 +6,14 @@ Shapes: `S` sequences of a shard, `L` rows of a sequence.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import platform
-import re
 import secrets
-import shutil
-import time
+from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,20 +25,20 @@ from stillroom.storage.commits import (
     SHARDS,
     CommitRecord,
     ObjectInfo,
-    committed,
+    find_record,
     load_record,
     record_name,
+    shards_named,
 )
+from stillroom.storage.depot import Depot, depot_at
 from stillroom.storage.encode import EncodedRows, encode_rows
 from stillroom.storage.errors import PlanMismatchError
-from stillroom.storage.files import put_if_absent, sync_directory, write_durably
 from stillroom.storage.manifest import MANIFEST_NAME, Manifest
+from stillroom.storage.orphans import collect_orphans
 from stillroom.storage.shard import shard_objects, widths_of
 from stillroom.storage.targets import SparseTargets
 
-ORPHAN_AGE_S: Final = 86400.0
 _BLOCK_ROWS: Final = 1 << 14  # rows encoded at a time: bounds the float64 scratch, changes no byte
-_OURS: Final = re.compile(r"\d{6,12}-[0-9a-f]{8,32}\.zarr|\..+\.tmp")
 
 
 def writer_libraries() -> dict[str, str]:
@@ -60,29 +57,50 @@ class CacheWriter:
             writer.submit(index, tokens_SL1, targets, rounding_R3)
 
     Args:
-        root: directory of the cache; made if absent.
+        root: directory of the cache (made if absent), URL of an object store, or a `Depot`.
         manifest: what the cache is. Put as manifest.json unless one is there.
         waiting: shards that may wait in memory besides the one being written; `submit` blocks while there are more.
+        storage_options: for a URL: keyword arguments of the store.
+
+    Attributes:
+        root: what `open_cache` takes.
+        manifest: of the cache, as it was found or put.
 
     Raises:
-        PlanMismatchError: the directory belongs to another run.
+        PlanMismatchError: the place belongs to another run.
         FormatError: its manifest cannot be read.
+        InputError: a URL that can not be written to.
+        CacheError: a store that refuses, keeps failing, or has no conditional put.
     """
 
-    def __init__(self, root: str | os.PathLike[str], manifest: Manifest, *, waiting: int = 1) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | Depot,
+        manifest: Manifest,
+        *,
+        waiting: int = 1,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
         keep_scratch()
         self._background = Background(waiting)
-        self.root = Path(root)
-        (self.root / COMMITS).mkdir(parents=True, exist_ok=True)
-        (self.root / SHARDS).mkdir(exist_ok=True)
-        put_if_absent(self.root / MANIFEST_NAME, strict.dumps(manifest.to_json()).encode())
-        self.manifest = Manifest.load(self.root)
+        self.depot: Final = depot_at(root, storage_options=storage_options)
+        self.root: Final = self.depot.root
+        self.depot.prepare(COMMITS, SHARDS)
+        self.manifest: Final = self._settled(manifest)
         if differences := self.manifest.differences(manifest):
             raise PlanMismatchError(
-                f"{self.root} belongs to another run ({'; '.join(differences)}): "
+                f"{self.depot.name} belongs to another run ({'; '.join(differences)}): "
                 "choose another directory, or the same settings to resume"
             )
-        self.collect_orphans(ORPHAN_AGE_S)
+        collect_orphans(self.depot, self.manifest)
+
+    def _settled(self, manifest: Manifest) -> Manifest:
+        """The manifest that is there; `manifest`, unless another writer was first."""
+        try:
+            return Manifest.from_json(self.depot.read_json(MANIFEST_NAME))
+        except FileNotFoundError:
+            self.depot.put_if_absent(MANIFEST_NAME, strict.dumps(manifest.to_json()).encode())
+            return Manifest.from_json(self.depot.read_json(MANIFEST_NAME))
 
     def __enter__(self) -> Self:
         return self
@@ -110,14 +128,22 @@ class CacheWriter:
 
         Raises:
             ValueError: shapes that do not fit the manifest, at once; values that do not, at the next call.
-            OSError: the disk refused an earlier shard; those after it were dropped.
+            OSError, CacheError: an earlier shard could not be written; those after it were dropped.
         """
-        self._check(index, tokens_SL1, targets, rounding_R3)
-        self._background.submit(partial(self.write_shard, index, tokens_SL1, targets, rounding_R3))
+        self._check_shapes(index, tokens_SL1, targets, rounding_R3)
+        self._background.submit(partial(self._write, index, tokens_SL1, targets, rounding_R3))
 
     def committed(self) -> set[int]:
         """Indices of the shards that need no more work."""
-        return committed(self.root)
+        return shards_named(self.depot.list(COMMITS))
+
+    def record(self, index: int) -> CommitRecord | None:
+        """The record of a shard, or None if it has none.
+
+        Raises:
+            DamagedError: it is malformed, or of another run.
+        """
+        return find_record(self.depot, self.manifest, index)
 
     def write_shard(
         self,
@@ -137,11 +163,21 @@ class CacheWriter:
 
         Raises:
             ValueError: shapes or values that do not fit the manifest.
-            OSError: the disk refused; nothing is committed and the attempt is deleted.
+            OSError, CacheError: the disk or the store refused; nothing is committed and the attempt is deleted.
         """
-        self._check(index, tokens_SL1, targets, rounding_R3)
-        if index in self.committed():
-            return load_record(self.root, self.manifest, index)
+        self._check_shapes(index, tokens_SL1, targets, rounding_R3)
+        return self._write(index, tokens_SL1, targets, rounding_R3)
+
+    def _write(
+        self,
+        index: int,
+        tokens_SL1: npt.NDArray[np.uint32],
+        targets: SparseTargets,
+        rounding_R3: npt.NDArray[np.float64],
+    ) -> CommitRecord:
+        if record := self.record(index):
+            return record
+        self._check_values(tokens_SL1, rounding_R3)
         seq_len = self.manifest.packing.seq_len
         step = max(1, _BLOCK_ROWS // seq_len)
         blocks = [
@@ -163,47 +199,58 @@ class CacheWriter:
             blocks: its sequences, in order, encoded as `encode_rows` does.
 
         Raises:
-            OSError: the disk refused; nothing is committed and the attempt is deleted.
+            OSError, CacheError: the disk or the store refused; nothing is committed and the attempt is deleted.
         """
-        if index in self.committed():
-            return load_record(self.root, self.manifest, index)
+        if record := self.record(index):
+            return record
         widths = widths_of(blocks)
-        attempt = self.root / SHARDS / f"{index:06d}-{secrets.token_hex(8)}.zarr"
-        try:
-            objects = []
+        attempt = f"{SHARDS}/{index:06d}-{secrets.token_hex(8)}.zarr"
+        objects: list[ObjectInfo] = []
+
+        def hashed() -> Iterator[tuple[str, bytes]]:
             for name, data in shard_objects(self.manifest, index, blocks, widths):
-                (attempt / name).parent.mkdir(parents=True, exist_ok=True)
-                write_durably(attempt / name, data)
                 objects.append(ObjectInfo(name=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
-            for folder in sorted(attempt.rglob("*/"), reverse=True):
-                sync_directory(folder)
-            sync_directory(attempt)
-            sync_directory(attempt.parent)
-            start, stop = self.manifest.shard_range(index)
-            record = CommitRecord(
-                shard=index,
-                path=f"{SHARDS}/{attempt.name}",
-                start=start,
-                stop=stop,
-                rows=sum(int(block.lengths["row"].sum()) for block in blocks),
-                entries=sum(int(block.lengths["entry"].sum()) for block in blocks),
-                widths=widths,
-                objects=tuple(objects),
-                libraries=writer_libraries(),
-                manifest=self.manifest.identity,
-            )
-            won = put_if_absent(self.root / record_name(index), strict.dumps(record.to_json()).encode())
+                yield name, data
+
+        try:
+            self.depot.put_folder(attempt, hashed())
         except BaseException:
-            # Unless a record is there already: then it may be this attempt's.
-            if index not in self.committed():
-                shutil.rmtree(attempt, ignore_errors=True)
+            self.depot.discard(attempt)
+            raise
+        start, stop = self.manifest.shard_range(index)
+        record = CommitRecord(
+            shard=index,
+            path=attempt,
+            start=start,
+            stop=stop,
+            rows=sum(int(block.lengths["row"].sum()) for block in blocks),
+            entries=sum(int(block.lengths["entry"].sum()) for block in blocks),
+            widths=widths,
+            objects=tuple(objects),
+            libraries=writer_libraries(),
+            manifest=self.manifest.identity,
+        )
+        try:
+            won = self.depot.put_if_absent(record_name(index), strict.dumps(record.to_json()).encode())
+        except BaseException:
+            # Else the record may name this attempt: then it has to stay.
+            if self.depot.surely_absent(record_name(index)):
+                self.depot.discard(attempt)
             raise
         if won:
             return record
-        shutil.rmtree(attempt)
-        return load_record(self.root, self.manifest, index)
+        self.depot.discard(attempt)
+        return load_record(self.depot, self.manifest, index)
 
-    def _check(
+    def add_folder(self, name: str, folder: Path) -> None:
+        """Put the files of a local folder beside the shards, as folder `name`; a file that is there is left as it is."""
+        there = set(self.depot.list(name))
+        self.depot.prepare(name)
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.name not in there:
+                self.depot.put_if_absent(f"{name}/{path.name}", path.read_bytes())
+
+    def _check_shapes(
         self,
         index: int,
         tokens_SL1: npt.NDArray[np.uint32],
@@ -223,32 +270,14 @@ class CacheWriter:
                     f"`{name}` of shard {index} came as {list(came)}, wanted {list(wanted)}: "
                     f"the plan gives it sequences {start} to {stop - 1} of {seq_len} rows"
                 )
+
+    def _check_values(self, tokens_SL1: npt.NDArray[np.uint32], rounding_R3: npt.NDArray[np.float64]) -> None:
         known = max(self.manifest.vocab_size, self.manifest.tokenizer.vocab_size)
         if tokens_SL1.min() < 0 or tokens_SL1.max() >= known:
             raise ValueError(f"token ids came up to {tokens_SL1.max()}, wanted below {known}: check the tokenizer")
         if not (rounding_R3.min() >= 0 and rounding_R3.max() < 1):
             raise ValueError("`rounding_R3` came outside [0, 1), wanted uniform numbers: see `uniforms`")
 
-    def collect_orphans(self, age_s: float) -> list[Path]:
-        """Delete attempts and temporary files that no record names and that nobody touched for `age_s` seconds.
-
-        They are what a killed writer leaves. The age keeps a living writer's attempt safe.
-        """
-        places = [*(self.root / SHARDS).iterdir(), *(self.root / COMMITS).iterdir(), *self.root.iterdir()]
-        old = [p for p in places if _OURS.fullmatch(p.name) and _age_s(p) > age_s]
-        named = {load_record(self.root, self.manifest, index).path for index in self.committed()} if old else set()
-        orphans = [path for path in old if f"{SHARDS}/{path.name}" not in named]
-        for path in orphans:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        return orphans
-
-
-def _age_s(path: Path) -> float:
-    """Seconds since it was touched; none where another writer took it away since it was listed."""
-    try:
-        return time.time() - path.lstat().st_mtime
-    except FileNotFoundError:
-        return -math.inf
+    def collect_orphans(self, age_s: float) -> list[str]:
+        """As `orphans.collect_orphans`."""
+        return collect_orphans(self.depot, self.manifest, age_s)

@@ -14,9 +14,8 @@ from typing import Any, Final, final
 import numpy as np
 import pyarrow as pa
 
-from stillroom.storage import strict
 from stillroom.storage.cache import Cache, SequenceBatch
-from stillroom.storage.commits import COMMITS, CommitRecord, damaged, parse_record, record_name
+from stillroom.storage.commits import COMMITS, CommitRecord, find_record, load_record, shards_named
 from stillroom.storage.errors import CacheError, DamagedError, FormatError, InputError, NotACacheError
 from stillroom.storage.gather import COLUMNS, Column
 from stillroom.storage.index import INDEX_NAME, Index
@@ -26,18 +25,16 @@ from stillroom.storage.remote.fetch import download, intact
 from stillroom.storage.remote.local import Lease, LocalShards
 from stillroom.storage.remote.place import Place
 from stillroom.storage.remote.prefetch import Prefetcher
-from stillroom.storage.remote.retry import RetryPolicy
+from stillroom.storage.remote.retry import DEFAULT_RETRY
 from stillroom.storage.stream import StreamOrder
 from stillroom.storage.targets import SparseTargets
 
 DEFAULT_CACHE_BYTES: Final = 64 << 30
 DEFAULT_WINDOW: Final = 8
-DEFAULT_RETRY: Final = RetryPolicy()
 _MOST_OPEN: Final = 24
 _TOKENIZER: Final = "tokenizer"
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_RECORD: Final = re.compile(r"(\d{6,12})\.json")
 
 
 @final
@@ -205,7 +202,7 @@ class RemoteCache(Cache):
         return bool(bad)
 
     def _fetch_record(self, shard: int) -> CommitRecord:
-        return _fetch_record(self._place, self.manifest, shard)
+        return load_record(self._place, self.manifest, shard)
 
     def _index_of_all(self) -> Index | None:
         index = self._open_index()
@@ -235,10 +232,9 @@ def open_remote(
         raise InputError(f"cache_bytes came as {cache_bytes}, wanted the bytes of several shards: raise it")
     place = Place(url, storage_options=storage_options, retry=DEFAULT_RETRY)
     try:
-        data = place.read(MANIFEST_NAME)
+        manifest = Manifest.from_json(place.read_json(MANIFEST_NAME))
     except FileNotFoundError:
         raise NotACacheError(f"{place.name} holds no {MANIFEST_NAME}: name the folder of a cache") from None
-    manifest = Manifest.from_json(strict.loads(data, MANIFEST_NAME))
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     local = LocalShards(folder, manifest.identity[:32], cap_bytes=cache_bytes)
     index = _fetch_index(place, manifest, local.root)
@@ -246,9 +242,7 @@ def open_remote(
     if index is not None and len(index.shards) == manifest.shards:
         shards = list(range(manifest.shards))
     elif place.lists:
-        names = place.list(COMMITS)
-        shards = sorted({int(found[1]) for name in names if (found := _RECORD.fullmatch(name))})
-        shards = [shard for shard in shards if shard < manifest.shards]
+        shards = sorted(shard for shard in shards_named(place.list(COMMITS)) if shard < manifest.shards)
     else:
         records = _probe_records(place, manifest)
         shards = sorted(records)
@@ -282,33 +276,14 @@ def _first_record(place: Place, manifest: Manifest, index: Index | None, shard: 
             return index.record(shard)
     except (KeyError, DamagedError):
         pass
-    return _fetch_record(place, manifest, shard)
-
-
-def _fetch_record(place: Place, manifest: Manifest, shard: int) -> CommitRecord:
-    try:
-        data = strict.loads(place.read(record_name(shard)), record_name(shard))
-    except FileNotFoundError:
-        raise DamagedError(
-            f"{place.name}/{record_name(shard)} is missing: run `stillroom cache` again to make the shard"
-        ) from None
-    except FormatError as error:
-        raise damaged(shard, str(error)) from error
-    return parse_record(data, manifest, shard)
+    return load_record(place, manifest, shard)
 
 
 def _probe_records(place: Place, manifest: Manifest) -> dict[int, CommitRecord]:
     """All records there are, one request each, from a server that lists nothing."""
 
-    def ask(shard: int) -> CommitRecord | None:
-        try:
-            data = place.read(record_name(shard))
-        except FileNotFoundError:
-            return None
-        return parse_record(strict.loads(data, record_name(shard)), manifest, shard)
-
     with ThreadPoolExecutor(16, thread_name_prefix="stillroom-records") as pool:
-        found = pool.map(ask, range(manifest.shards))
+        found = pool.map(lambda shard: find_record(place, manifest, shard), range(manifest.shards))
         return {record.shard: record for record in found if record is not None}
 
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
-from typing import Any, Final, final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar, final
 from urllib.parse import urlsplit, urlunsplit
 
-from stillroom.storage.errors import CacheError, InputError
+from stillroom.storage import strict
+from stillroom.storage.errors import CacheError, InputError, StillroomError
 from stillroom.storage.remote.retry import RetryPolicy, with_retries
+
+T = TypeVar("T")
 
 _URL: Final = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _BY_OBSTORE: Final = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
+_NO_RETRIES: Final = {"max_retries": 0}  # ours are counted and waited for in one place
 _EXTRA: Final = "pip install 'stillroom[remote]'"
 _obstore_pid: int | None = None  # the process whose threads serve obstore; a fork has none of them
-
-
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a URL rather than a path."""
-    return isinstance(path, str) and _URL.match(path) is not None
 
 
 def redacted(url: str) -> str:
@@ -98,8 +97,17 @@ class Place:
                 raise ConnectionError(f"{len(data)} bytes came, wanted {stop - start}")
             return data
 
-        found: bytes = self._retried(ask, path)
-        return found
+        return self._retried(ask, path)
+
+    def read_json(self, path: str) -> dict[str, Any]:
+        """The JSON object at `path`.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            FormatError: it is no JSON object, or too large for one of ours.
+            CacheError: the store refused, or kept failing.
+        """
+        return strict.loads(self.read(path), path)
 
     def list(self, path: str) -> list[str]:
         """Names in the folder `path`; empty if there is none.
@@ -118,32 +126,8 @@ class Place:
         except FileNotFoundError:
             return []
 
-    def write(self, path: str, data: bytes) -> None:
-        """Put the object `path`, replacing what is there.
-
-        Raises:
-            CacheError: the store refused, or kept failing.
-        """
-
-        def ask() -> None:
-            file_system, root = self._file_system()
-            file_system.pipe_file(f"{root}/{path}", data)
-
-        self._retried(ask, path)
-
-    def _retried(self, ask: Any, path: str) -> Any:
-        try:
-            return with_retries(ask, policy=self.retry, what=f"{self.name}/{path}")
-        except (FileNotFoundError, CacheError, InputError):
-            raise
-        except Exception as error:
-            # Not the library's own words: they may quote the URL with what signs it.
-            status = getattr(error, "status_code", None) or getattr(error, "errno", None)
-            kind = type(error).__name__ + (f" {status}" if status else "")
-            raise CacheError(
-                f"{self.name}/{path} could not be had ({kind}, {self.retry.attempts} attempts at most): check the address, the "
-                "credentials and the connection"
-            ) from _quiet(error)
+    def _retried(self, ask: Callable[[], T], path: str) -> T:
+        return asked(ask, policy=self.retry, what=f"{self.name}/{path}")
 
     def _file_system(self) -> tuple[Any, str]:
         if self._opened is None or self._opened[0] != os.getpid():
@@ -151,20 +135,66 @@ class Place:
         return self._opened[1:]
 
 
+def asked(ask: Callable[[], T], *, policy: RetryPolicy, what: str) -> T:
+    """`ask()` with retries; what lasts is one sentence without secrets.
+
+    Args:
+        ask: the request.
+        policy: how often it is made.
+        what: the URL asked for, without credentials.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        CacheError: the store refused, or kept failing.
+    """
+    try:
+        return with_retries(ask, policy=policy, what=what)
+    except (FileNotFoundError, StillroomError):
+        raise
+    except Exception as error:
+        # Not the library's own words: they may quote the URL with what signs it.
+        status = getattr(error, "status_code", None) or getattr(error, "errno", None)
+        kind = type(error).__name__ + (f" {status}" if status else "")
+        raise CacheError(
+            f"{what} could not be had ({kind}, {policy.attempts} attempts at most): check the address, the credentials and the "
+            "connection"
+        ) from _quiet(error)
+
+
+def open_store(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """obstore's store of the bucket that `url` names, and the prefix within it.
+
+    Raises:
+        InputError: obstore is not installed, or the options or the URL are not for it.
+    """
+    name = redacted(url)
+    if importlib.util.find_spec("obstore") is None:
+        raise InputError(f"{name} can not be written without obstore: {_EXTRA}")
+    from obstore.exceptions import BaseError
+    from obstore.store import from_url
+
+    _mind_forks(name)
+    parts = urlsplit(url)
+    if parts.query or parts.fragment or not parts.netloc:
+        raise InputError(f"{name} came with a query or without a bucket, wanted a URL such as s3://bucket/cache")
+    scheme = "s3" if parts.scheme.lower() == "s3a" else parts.scheme.lower()
+    try:
+        store = from_url(f"{scheme}://{parts.netloc}", **{"retry_config": _NO_RETRIES, **options})
+    except (BaseError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} can not be opened ({type(error).__name__}): check the environment and storage_options"
+        ) from _quiet(error)
+    return store, parts.path.strip("/")
+
+
 def _open(url: str, scheme: str, options: dict[str, Any]) -> tuple[Any, str]:
-    global _obstore_pid
     if scheme in _BY_OBSTORE and importlib.util.find_spec("obstore") is not None:
         from obstore.fsspec import FsspecStore
 
-        if _obstore_pid not in (None, os.getpid()):
-            raise InputError(
-                f"{redacted(url)} was opened before this process was forked, and obstore does not live through a fork: use "
-                "DataLoader(multiprocessing_context='spawn')"
-            )
-        _obstore_pid = os.getpid()
+        _mind_forks(redacted(url))
         if scheme == "http":
             options = {**options, "client_options": {"allow_http": True, **options.get("client_options", {})}}
-        store = FsspecStore("s3" if scheme == "s3a" else scheme, **{"retry_config": {"max_retries": 0}, **options})
+        store = FsspecStore("s3" if scheme == "s3a" else scheme, **{"retry_config": _NO_RETRIES, **options})
         return store, url.replace("s3a://", "s3://", 1)
     import fsspec
 
@@ -176,6 +206,16 @@ def _open(url: str, scheme: str, options: dict[str, Any]) -> tuple[Any, str]:
             f"{redacted(url)} can not be opened, nothing here reads {scheme}:// ({error}): {remedy}"
         ) from None
     return kind(**options), str(kind._strip_protocol(url)).rstrip("/")
+
+
+def _mind_forks(name: str) -> None:
+    global _obstore_pid
+    if _obstore_pid not in (None, os.getpid()):
+        raise InputError(
+            f"{name} was opened before this process was forked, and obstore does not live through a fork: use "
+            "DataLoader(multiprocessing_context='spawn')"
+        )
+    _obstore_pid = os.getpid()
 
 
 def _quiet(error: Exception) -> Exception | None:

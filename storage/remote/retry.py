@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from stillroom.storage.errors import StillroomError
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -43,9 +45,12 @@ class RetryPolicy:
         return random.uniform(0.0, min(self.top_s, self.base_s * 2.0**attempt))
 
 
+DEFAULT_RETRY: Final = RetryPolicy()
+
+
 def lasting(error: Exception) -> bool:
     """Whether the same request would fail the same way."""
-    if isinstance(error, _OUR_MISTAKE + _LASTING):
+    if isinstance(error, _OUR_MISTAKE + _LASTING + (StillroomError,)):  # ours are conclusions
         return True
     return any(kind.__name__ in _LASTING_NAMES for kind in type(error).__mro__)
 

@@ -15,6 +15,10 @@ from pathlib import Path
 
 # What the proxy does to a GET: "500", "cut" (half of the body), "wrong" (one bit), "reset", "stall"; None lets it pass.
 Fault = Callable[[str], str | None]
+# What it does to another request, by method and path: "500", "501", "reset" (before it arrives), "lost" (the answer, after it
+# arrived), "slow", "hang", "unconditional" (the condition of a put is dropped); None lets it pass.
+WriteFault = Callable[[str, str], str | None]
+SLOW_S = 0.5
 STALL_S = 30.0
 
 
@@ -60,7 +64,12 @@ class Proxy(_Quiet):
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
         self.asked: Counter[str] = Counter()
         self.fault: Fault = lambda path: None
+        self.put: Counter[str] = Counter()  # requests that write, by path
+        self.refused: Counter[str] = Counter()  # conditional puts that were refused, by path
+        self.conditions: Counter[str] = Counter()  # by header
+        self.write_fault: WriteFault = lambda method, path: None
         self.lock = threading.Lock()
+        self.one_put = threading.Lock()  # moto looks first and puts then; a store does both at once
 
 
 class _Forward(http.server.BaseHTTPRequestHandler):
@@ -87,23 +96,82 @@ class _Forward(http.server.BaseHTTPRequestHandler):
             headers = {
                 key: value for key, value in self.headers.items() if key.lower() in ("range", "host", "authorization")
             }
-            connection.request("GET", self.path, headers=headers)
+            connection.request("GET", _plain(self.path), headers=headers)
             answer = connection.getresponse()
             body, kept = answer.read(), [(k, v) for k, v in answer.getheaders() if k.lower() not in _OWN]
         if fault == "wrong" and body:
             body = bytes([body[0] ^ 1]) + body[1:]
         self._answer(answer.status, kept, body, cut=fault == "cut")
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, cut: bool = False) -> None:
+    def do_HEAD(self) -> None:
+        self._pass_on(b"", None)
+
+    def do_PUT(self) -> None:
+        self._write()
+
+    def do_POST(self) -> None:
+        self._write()
+
+    def do_DELETE(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        server: Proxy = self.server
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        with server.lock:
+            server.put[self.path] += 1
+            fault = server.write_fault(self.command, self.path)
+        if fault == "reset":
+            self.close_connection = True
+        elif fault in ("500", "501"):
+            word = {"500": b"out of order", "501": b"<Error><Code>NotImplemented</Code></Error>"}[fault]
+            self._answer(int(fault), [], word)
+        else:
+            time.sleep({"slow": SLOW_S, "hang": STALL_S}.get(fault or "", 0.0))
+            self._pass_on(body, fault)
+
+    def _pass_on(self, body: bytes, fault: str | None) -> None:
+        server: Proxy = self.server
+        headers = {key: value for key, value in self.headers.items() if key.lower() not in _HOPS}
+        for name in ("if-none-match", "x-goog-if-generation-match"):
+            if name in self.headers and self.command == "PUT":
+                with server.lock:
+                    server.conditions[f"{name}: {self.headers[name]}"] += 1
+        if headers.pop("x-goog-if-generation-match", None) == "0":
+            headers["If-None-Match"] = "*"  # the one word in which GCS's XML requests differ here from S3's
+        if fault == "unconditional":
+            headers = {key: value for key, value in headers.items() if key.lower() != "if-none-match"}
+        with contextlib.closing(http.client.HTTPConnection(server.target)) as connection, server.one_put:
+            connection.request(self.command, _plain(self.path), body=body or None, headers=headers)
+            answer = connection.getresponse()
+            found, kept = answer.read(), [(k, v) for k, v in answer.getheaders() if k.lower() not in _OWN]
+        if answer.status == 412:
+            with server.lock:
+                server.refused[self.path] += 1
+        if fault == "lost":
+            self.close_connection = True
+            return
+        size = answer.getheader("Content-Length") if self.command == "HEAD" else None
+        self._answer(answer.status, kept, found, size=size)
+
+    def _answer(
+        self, status: int, headers: list[tuple[str, str]], body: bytes, cut: bool = False, size: str | None = None
+    ) -> None:
         self.send_response(status)
         for key, value in headers:
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", size or str(len(body)))
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if cut else body)
         self.close_connection = self.close_connection or cut
 
 
+def _plain(path: str) -> str:
+    """GCS's client quotes the slashes of names, which moto does not undo."""
+    return path.replace("%2F", "/")
+
+
+_HOPS = ("connection", "transfer-encoding", "content-length")
 _OWN = ("content-length", "connection", "transfer-encoding", "date", "server")
 
 

@@ -124,7 +124,7 @@ def test_the_loser_of_a_race_returns_the_winners_record(made, tmp_path, monkeypa
     manifest = made.manifest(SamplerSpec(draws=20))
     writer = CacheWriter(tmp_path, manifest)
     winner = writer.write_shard(0, *made.shard_data(manifest, 0))
-    monkeypatch.setattr(writer, "committed", lambda: set())  # as if the other had finished in between
+    monkeypatch.setattr(writer, "record", lambda index: None)  # as if the other had finished in between
     assert writer.write_shard(0, *made.shard_data(manifest, 0)) == winner
     assert [path.name for path in (tmp_path / "shards").iterdir()] == [Path(winner.path).name]
 
