@@ -6,8 +6,10 @@ Shapes: `B` sequences, `L` rows of a sequence, `R = B * L` rows, `P` positions.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, get_args
 
@@ -16,16 +18,19 @@ import numpy.typing as npt
 
 from stillroom.storage.background import keep_scratch
 from stillroom.storage.commits import CommitRecord, committed, damaged, load_record
-from stillroom.storage.decode import Room, decode_rows, joined, plain_rows
+from stillroom.storage.decode import decode_entries, plain_entries
 from stillroom.storage.errors import CacheError, DamagedError, InputError
-from stillroom.storage.gather import COLUMNS, Column, gather, gather_stored, needed
+from stillroom.storage.gather import COLUMNS, Column, chunks_of, flat, gather, needed
 from stillroom.storage.index import Index, read_index
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.readers import READERS, ReaderName, ShardReader
+from stillroom.storage.room import Room
 from stillroom.storage.stream import StreamOrder
 from stillroom.storage.targets import SparseTargets
+from stillroom.storage.unpack import unpack
 
 _OPEN_SHARDS: Final = 24  # each keeps up to ten file maps
+_ROW_COLUMNS: Final = ("tokens", "label_logp", "entropy")
 _GROUP_ROWS: Final = 1 << 13  # rows decoded at a time, so that the scratch stays in the processor's cache
 
 
@@ -76,12 +81,12 @@ class Cache:
         self.columns: Final = tuple(column for column in COLUMNS if column in columns)
         self._names: Final = needed(manifest, self.columns)
         lengths = [stop - start for start, stop in map(manifest.shard_range, shards)]
-        self._ends = np.cumsum(lengths, dtype=np.int64)
+        self._ends: list[int] = list(accumulate(lengths))
         self._records: dict[int, CommitRecord] = {}
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def __getstate__(self) -> dict[str, Any]:
         # Maps stay behind: a worker opens its own.
@@ -105,29 +110,24 @@ class Cache:
             DamagedError: a shard is damaged.
         """
         keep_scratch()
-        wanted = [int(index) for index in indices]
-        step = max(1, _GROUP_ROWS // self.manifest.packing.seq_len)
-        # One pair of arrays for all groups; what is not used of them is never touched, so it costs no memory.
-        most = sum(self.record(self._locate(index)[0]).widths.entry for index in wanted)
-        room = Room(np.empty(most, np.int32), np.empty(most, np.float32))
-        parts: list[SequenceBatch] = []
-        used = 0
-        for i in range(0, len(wanted), step):
-            parts.append(self._read_group(wanted[i : i + step], Room(room.ids[used:], room.weights[used:])))
-            used += parts[-1].targets.entries
-        if len(parts) == 1:
-            return parts[0]
-        if not parts:
-            return SequenceBatch(np.zeros((0, self.manifest.packing.seq_len + 1), np.uint32), _no_targets())
-        return SequenceBatch(
-            np.concatenate([part.tokens for part in parts]),
-            joined([part.targets for part in parts], Room(room.ids[:used], room.weights[:used])),
-        )
+        places = [self._locate(index) for index in indices]
+        seq_len, sampler = self.manifest.packing.seq_len, self.manifest.sampler
+        logp = "logp" in self.columns and sampler.keep_logp != "none"
+        room = Room(len(places) * seq_len, sum(self.record(shard).widths.entry for shard, _ in places), logp)
+        step = max(1, _GROUP_ROWS // seq_len)
+        for i in range(0, len(places), step):
+            self._read_group(places[i : i + step], room)
+        tokens_BL1 = room.tokens((len(places), seq_len + 1 if "tokens" in self.columns else 0))
+        known = max(self.manifest.vocab_size, self.manifest.tokenizer.vocab_size)
+        if tokens_BL1.size and tokens_BL1.max() >= known:
+            shard, within = places[int(np.argmax(tokens_BL1.max(1)))]
+            raise damaged(shard, f"sequence {within} has a token id that is not below {known}")
+        return SequenceBatch(tokens_BL1, room.targets())
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Sequences of each shard at hand: what a `StreamOrder` is made from."""
-        return tuple(np.diff(self._ends, prepend=0).tolist())
+        return tuple(end - start for start, end in zip([0, *self._ends], self._ends))
 
     @property
     def default_window(self) -> int | None:
@@ -188,8 +188,8 @@ class Cache:
             raise IndexError(
                 f"sequence {index} came, wanted 0 to {len(self) - 1}: the cache holds {len(self)} sequences"
             )
-        place = int(np.searchsorted(self._ends, index, side="right"))
-        return self.shards[place], index - (int(self._ends[place - 1]) if place else 0)
+        place = bisect_right(self._ends, index)
+        return self.shards[place], int(index) - (self._ends[place - 1] if place else 0)
 
     def _shard(self, shard: int) -> ShardReader:
         reader = self._open.get(shard)
@@ -209,36 +209,28 @@ class Cache:
         index = read_index(self.path, self.manifest)
         return index if index is not None and tuple(index.shards.tolist()) == self.shards else None
 
-    def _read_group(self, indices: list[int], room: Room) -> SequenceBatch:
-        manifest = self.manifest
-        places = [self._locate(index) for index in indices]
+    def _read_group(self, places: list[tuple[int, int]], room: Room) -> None:
+        """Put the rows of (shard, sequence within it) `places` into `room`: compiled where that goes, else in numpy."""
+        manifest, names = self.manifest, self._names
         readers = [(self._shard(shard), within) for shard, within in places]
-        spec, logp = manifest.sampler, "logp" in self.columns
-        plain = manifest.profile == "fast" and not logp
-        raw = gather_stored(readers, self._names, manifest, room) if plain else gather(readers, self._names, manifest)
+        if self._reader == "direct" and manifest.profile != "small":
+            chunks = chunks_of(readers, names)
+            if unpack(manifest, chunks, room):
+                room.put_codes({name: np.concatenate(chunks[name]) for name in _ROW_COLUMNS if name in chunks})
+                return
         try:
-            if plain:
-                targets = plain_rows(manifest.vocab_size, spec.draws, raw)
+            if manifest.profile == "fast" and room.logp is None:
+                raw = flat(readers, chunks_of(readers, names), manifest)
+                room.put(plain_entries(manifest.vocab_size, manifest.sampler.draws + 1, raw))
             else:
-                targets = decode_rows(spec, manifest.vocab_size, raw, logp=logp, room=room)
+                raw = gather(readers, names, manifest)
+                room.put(decode_entries(manifest.sampler, manifest.vocab_size, raw, logp=room.logp is not None))
         except DamagedError as error:
             # Which of several sequences it was does not matter; which shard does.
-            for index in indices if len(places) > 1 else ():
-                self._read_group([index], room)
+            for place in places if len(places) > 1 else ():
+                self._read_group([place], room)
             raise damaged(places[0][0], str(error)) from error
-        if "tokens" not in raw:
-            return SequenceBatch(np.zeros((len(indices), 0), np.uint32), targets)
-        tokens_BL1 = raw["tokens"].reshape(len(indices), -1).astype(np.uint32)
-        known = max(manifest.vocab_size, manifest.tokenizer.vocab_size)
-        if tokens_BL1.max() >= known:
-            place = places[int(np.argmax(tokens_BL1.max(1)))]
-            raise damaged(place[0], f"sequence {place[1]} has a token id that is not below {known}")
-        return SequenceBatch(tokens_BL1, targets)
-
-
-def _no_targets() -> SparseTargets:
-    none = np.zeros(0, np.float32)
-    return SparseTargets(np.zeros(1, np.int64), np.zeros(0, np.int32), none, none, none)
+        room.put_codes({name: raw[name] for name in _ROW_COLUMNS if name in raw})
 
 
 def open_cache(

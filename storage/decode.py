@@ -28,37 +28,36 @@ Array = npt.NDArray[Any]
 _PER_UNIT: Final = np.float32(1 / UNIT)
 
 
-class Room(NamedTuple):
-    """Where decoded entries may be written: int32 ids and float32 weights, at least as long as they are many."""
+class Entries(NamedTuple):
+    """Decoded entries of R rows: offsets `[R+1]`, ids, weights and, if wanted, log-probabilities."""
 
+    offsets: npt.NDArray[np.int64]
     ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
+    logp: npt.NDArray[np.float32] | None
 
 
-def decode_rows(
-    spec: SamplerSpec, vocab_size: int, raw: dict[str, Array], *, logp: bool, room: Room | None = None
-) -> SparseTargets:
-    """Targets of a batch of rows.
+def decode_rows(spec: SamplerSpec, vocab_size: int, raw: dict[str, Array], *, logp: bool) -> SparseTargets:
+    """Targets of a batch of rows: `decode_entries` and `with_rows`."""
+    return with_rows(decode_entries(spec, vocab_size, raw, logp=logp), raw)
+
+
+def decode_entries(spec: SamplerSpec, vocab_size: int, raw: dict[str, Array], *, logp: bool) -> Entries:
+    """Entries of a batch of rows.
 
     Args:
         spec: the sampler of the cache.
         vocab_size: ids must be below it.
         raw: flat arrays by name, padding removed (`id` int32 codes stand for id_lo and id_hi; they may be overwritten).
-            Where `label_logp` or `entropy` is left out, it comes as NaN.
         logp: decode the log-probabilities too, where the cache has them.
-        room: write ids and weights there, not into new arrays.
 
     Raises:
         DamagedError: the codes contradict each other or an id is out of range.
     """
-    n_R = raw["n"].astype(np.int64)
-    offsets = np.zeros(len(n_R) + 1, np.int64)
-    np.cumsum(n_R, out=offsets[1:])
+    offsets = offsets_of(raw["n"], spec.draws + (spec.kind == "threshold"))
+    n_R = np.diff(offsets)
     entries = int(offsets[-1])
-    room = Room(np.empty(entries, np.int32), np.empty(entries, np.float32)) if room is None else room
-    ids, weights = room.ids[:entries], room.weights[:entries]
-    if len(n_R) and n_R.max() > spec.draws + (spec.kind == "threshold"):
-        raise DamagedError(f"a row has {n_R.max()} entries, more than {spec.draws} draws give")
+    ids, weights = np.empty(entries, np.int32), np.empty(entries, np.float32)
     counted = spec.kind in COUNT_KINDS and spec.exponent == 1.0
     if counted or spec.kind == "threshold":
         head_R = count_heads(raw["count"], n_R, spec.draws) if counted else raw["n_head"].astype(np.int64)
@@ -68,64 +67,58 @@ def decode_rows(
         restore_ids(raw["id"], offsets, head_R, head_H, ids)
         if counted:
             weights.fill(np.float32(1) / np.float32(spec.draws))
-            weights[head_H] = _count_weights(spec.draws).take(raw["count"], mode="clip")
+            weights[head_H] = count_weights(spec.draws).take(raw["count"], mode="clip")
         else:
             _threshold_weights(spec.draws, raw, n_R, head_R, head_H, offsets, weights)
     else:
         ids[:] = raw["id"]
         weights[:] = raw["weight"] if "weight" in raw else _top_weights(spec.draws, raw, offsets)
-        if len(weights) and not (weights.min() >= 0 and weights.max() < np.inf):  # NaN fails both
-            raise DamagedError("a weight is negative or not finite")
+        check_weights(weights)
         head_H = np.zeros(0, np.int64)
     check_ids(ids, vocab_size)
-    return SparseTargets(
-        offsets=offsets,
-        ids=ids,
-        weights=weights,
-        label_logp=_or_nan(raw, "label_logp", decode_label_logp, len(n_R)),
-        entropy=_or_nan(raw, "entropy", decode_entropy, len(n_R)),
-        logp=_logp(spec, raw, head_H, entries) if logp and spec.keep_logp != "none" else None,
-    )
+    wanted = logp and spec.keep_logp != "none"
+    return Entries(offsets, ids, weights, _logp(spec, raw, head_H, entries) if wanted else None)
 
 
-def plain_rows(vocab_size: int, draws: int, raw: dict[str, Array]) -> SparseTargets:
-    """Targets of rows that are stored decoded, without log-probabilities: profile `fast`.
+def plain_entries(vocab_size: int, most: int, raw: dict[str, Array]) -> Entries:
+    """Entries that are stored decoded, at most `most` in a row, without log-probabilities: profile `fast`.
 
     Raises:
-        DamagedError: an id is out of range, or a row too long.
+        DamagedError: an id or weight is out of range, or a row too long.
     """
-    offsets = np.zeros(len(raw["n"]) + 1, np.int64)
-    np.cumsum(raw["n"], out=offsets[1:])
-    if len(raw["n"]) and raw["n"].max() > draws + 1:
-        raise DamagedError(f"a row has {raw['n'].max()} entries, more than {draws} draws give")
-    ids, weights = raw["id"], raw["weight"]
-    check_ids(ids, vocab_size)
-    if len(weights) and not (weights.min() >= 0 and weights.max() < np.inf):  # NaN fails both
-        raise DamagedError("a weight is negative or not finite")
-    return SparseTargets(
-        offsets=offsets,
-        ids=ids,
-        weights=weights,
-        label_logp=_or_nan(raw, "label_logp", decode_label_logp, len(raw["n"])),
-        entropy=_or_nan(raw, "entropy", decode_entropy, len(raw["n"])),
-    )
+    offsets = offsets_of(raw["n"], most)
+    check_ids(raw["id"], vocab_size)
+    check_weights(raw["weight"])
+    return Entries(offsets, raw["id"].view(np.int32), raw["weight"], None)
 
 
-def joined(parts: list[SparseTargets], entries: Room) -> SparseTargets:
-    """The rows of `parts`, whose ids and weights lie one after the other in `entries`."""
-    ends = np.cumsum([0] + [part.entries for part in parts])
-    logps = [part.logp for part in parts if part.logp is not None]
+def with_rows(entries: Entries, raw: dict[str, Array]) -> SparseTargets:
+    """Entries with the row's own figures; where `label_logp` or `entropy` is left out of `raw`, it comes as NaN."""
+    rows = len(entries.offsets) - 1
     return SparseTargets(
-        offsets=np.concatenate([np.zeros(1, np.int64), *(p.offsets[1:] + end for p, end in zip(parts, ends))]),
+        offsets=entries.offsets,
         ids=entries.ids,
         weights=entries.weights,
-        label_logp=np.concatenate([part.label_logp for part in parts]),
-        entropy=np.concatenate([part.entropy for part in parts]),
-        logp=np.concatenate(logps) if logps else None,
+        label_logp=_or_nan(raw, "label_logp", decode_label_logp, rows),
+        entropy=_or_nan(raw, "entropy", decode_entropy, rows),
+        logp=entries.logp,
     )
 
 
-def check_ids(ids: npt.NDArray[np.int32], vocab_size: int) -> None:
+def offsets_of(n_R: Array, most: int) -> npt.NDArray[np.int64]:
+    """Where rows begin and end, `[R+1]`.
+
+    Raises:
+        DamagedError: a row has more than `most` entries.
+    """
+    if len(n_R) and n_R.max() > most:
+        raise DamagedError(f"a row has {n_R.max()} entries, more than the {most} its draws can give")
+    offsets = np.zeros(len(n_R) + 1, np.int64)
+    np.cumsum(n_R, out=offsets[1:])
+    return offsets
+
+
+def check_ids(ids: npt.NDArray[np.int32] | npt.NDArray[np.uint32], vocab_size: int) -> None:
     """One pass finds both kinds of bad id: as unsigned, a negative one is huge.
 
     Raises:
@@ -135,6 +128,16 @@ def check_ids(ids: npt.NDArray[np.int32], vocab_size: int) -> None:
         raise DamagedError(f"an id is not below the vocabulary size {vocab_size}")
 
 
+def check_weights(weights: npt.NDArray[np.float32]) -> None:
+    """Weights are finite and not negative.
+
+    Raises:
+        DamagedError: one is not.
+    """
+    if len(weights) and not (weights.min() >= 0 and weights.max() < np.inf):  # NaN fails both
+        raise DamagedError("a weight is negative or not finite")
+
+
 def _or_nan(
     raw: dict[str, Array], name: str, decode: Callable[[Array], npt.NDArray[np.float32]], rows: int
 ) -> npt.NDArray[np.float32]:
@@ -142,7 +145,8 @@ def _or_nan(
 
 
 @lru_cache(maxsize=8)
-def _count_weights(draws: int) -> npt.NDArray[np.float32]:
+def count_weights(draws: int) -> npt.NDArray[np.float32]:
+    """Weight of every count that fits the array, float32."""
     return np.arange((1 << 8) if draws <= 255 else (1 << 16), dtype=np.float32) / np.float32(draws)
 
 
@@ -269,15 +273,20 @@ def _top_weights(draws: int, raw: dict[str, Array], offsets: npt.NDArray[np.int6
     return np.maximum(p_E, 0).astype(np.float32)
 
 
+def logp_of_codes(spec: SamplerSpec, code_E: Array) -> npt.NDArray[np.float32]:
+    """Log-probabilities of entries whose codes lie side by side; NaN for those of a tail that was not kept."""
+    logp_E = logp_scale(spec.draws).logp[code_E]
+    if spec.keep_logp == "head":
+        logp_E[code_E < PIVOT] = np.nan
+    return logp_E
+
+
 def _logp(
     spec: SamplerSpec, raw: dict[str, Array], head_H: npt.NDArray[np.int64], entries: int
 ) -> npt.NDArray[np.float32]:
-    table = logp_scale(spec.draws).logp
     if spec.kind != "threshold":
-        logp_E = table[raw["logp"]]
-        if spec.keep_logp == "head":
-            logp_E[raw["logp"] < PIVOT] = np.nan
-        return logp_E
+        return logp_of_codes(spec, raw["logp"])
+    table = logp_scale(spec.draws).logp
     logp_E = np.full(entries, np.nan, np.float32)
     if spec.keep_logp == "all":
         tail_E = np.ones(entries, np.bool_)

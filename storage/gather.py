@@ -16,13 +16,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stillroom.storage.commits import damaged
-from stillroom.storage.decode import Room
 from stillroom.storage.layout import arrays_of, id_high_bits
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.profiles import from_profile
 from stillroom.storage.readers import DirectReader, ShardReader
 
 Array = npt.NDArray[Any]
+Place = tuple[ShardReader, int]  # and which of its sequences
 Column = Literal["tokens", "logp", "label_logp", "entropy"]
 COLUMNS: Final[tuple[Column, ...]] = ("tokens", "logp", "label_logp", "entropy")
 _LOGP_ARRAYS: Final = ("logp", "logp_tail")
@@ -39,7 +39,7 @@ def needed(manifest: Manifest, columns: Collection[str]) -> list[str]:
     return [name for name in plan if name not in skip]
 
 
-def gather(places: list[tuple[ShardReader, int]], names: list[str], manifest: Manifest) -> dict[str, Array]:
+def gather(places: list[Place], names: list[str], manifest: Manifest) -> dict[str, Array]:
     """Flat standard codes of the sequences at `places`, one after the other, as `decode_rows` takes them.
 
     Args:
@@ -50,42 +50,36 @@ def gather(places: list[tuple[ShardReader, int]], names: list[str], manifest: Ma
     Raises:
         DamagedError: bytes are not what they were, or a sequence claims more than it has.
     """
-    if manifest.profile == "small" and len(places) > 1:  # each shard has its own ranks
+    if manifest.profile == "small" and len({id(reader) for reader, _ in places}) > 1:  # each shard has its own ranks
         parts = [gather([place], names, manifest) for place in places]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    stored = gather_stored(places, names, manifest)
-    ranks_V = places[0][0].chunk("id_of_rank", 0) if manifest.profile == "small" else None
-    return from_profile(manifest, stored, ranks_V)
+    stored = flat(places, chunks_of(places, names), manifest)
+    return from_profile(manifest, stored, places[0][0].once("id_of_rank") if manifest.profile == "small" else None)
 
 
-def gather_stored(
-    places: list[tuple[ShardReader, int]], names: list[str], manifest: Manifest, room: Room | None = None
-) -> dict[str, Array]:
-    """As `gather`, but what the profile stores: for `fast`, ids and weights as they are, put in `room` if there is one."""
-    names = [name for name in names if name != "id_of_rank"]
-    chunks = _chunks(places, names)
+def flat(places: list[Place], chunks: dict[str, list[Array]], manifest: Manifest) -> dict[str, Array]:
+    """The chunks of sequences end to end, padding gone: what the profile stores, but for ids, which are joined.
+
+    Raises:
+        DamagedError: a sequence claims more than it has.
+    """
     lengths = [_lengths(place, {name: chunks[name][i] for name in chunks}) for i, place in enumerate(places)]
     runs = {array.name: array.run for array in places[0][0].arrays.values()}
     raw: dict[str, Array] = {}
-    for name in names:
+    for name, parts in chunks.items():
         if name in ("id_lo", "id_hi"):
             continue
         run = runs[name]
-        parts = [chunk[: length[run]] if run in length else chunk for chunk, length in zip(chunks[name], lengths)]
-        if room is not None and name in ("id", "weight"):
-            target = room.ids if name == "id" else room.weights
-            target = target[: sum(length["entry"] for length in lengths)]
-            raw[name] = np.concatenate([part.view(target.dtype) for part in parts], out=target)
-        else:
-            raw[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    if "id_lo" in names:
+        parts = [part[: length[run]] if run in length else part for part, length in zip(parts, lengths)]
+        raw[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if "id_lo" in chunks:
         planes = id_high_bits(manifest.vocab_size)
         entries = [length["entry"] for length in lengths]
         raw["id"] = _join_ids(chunks["id_lo"], chunks.get("id_hi", []), entries, planes)
     return raw
 
 
-def _lengths(place: tuple[ShardReader, int], chunks: dict[str, Array]) -> dict[str, int]:
+def _lengths(place: Place, chunks: dict[str, Array]) -> dict[str, int]:
     """Elements of every ragged run of one sequence."""
     reader, sequence = place
     lengths = {"entry": int(chunks["n"].sum(dtype=np.int64))}
@@ -118,8 +112,13 @@ def _join_ids(low: list[Array], high: list[Array], entries: list[int], planes: i
     return code_E
 
 
-def _chunks(places: list[tuple[ShardReader, int]], names: list[str]) -> dict[str, list[Array]]:
-    """Padded chunks by array, in the order of `places`."""
+def chunks_of(places: list[Place], names: list[str]) -> dict[str, list[Array]]:
+    """Padded chunks by array, in the order of `places`.
+
+    Raises:
+        DamagedError: bytes are not what they were.
+    """
+    names = [name for name in names if name != "id_of_rank"]
     readers = [reader for reader, _ in places]
     direct = [reader for reader in readers if isinstance(reader, DirectReader)]
     if len(direct) < len(readers) or readers[0].arrays[names[0]].codec != "zstd":

@@ -48,6 +48,7 @@ class ShardReader(ABC):
         self.record = record
         self.arrays: Final = {array.name: array for array in arrays_of(manifest)}
         self._seq_len = manifest.packing.seq_len
+        self._whole: dict[str, npt.NDArray[Any]] = {}
         self._group = root / record.path
         inside = os.path.join(os.path.realpath(root), "shards", "")
         for item in record.objects:
@@ -70,6 +71,16 @@ class ShardReader(ABC):
         """Shape of one sequence's chunk of `array`."""
         return array.chunk_shape(self._seq_len, self.record.widths)
 
+    def once(self, name: str) -> npt.NDArray[Any]:
+        """The array `name`, which has one chunk for the whole shard, read once.
+
+        Raises:
+            DamagedError: the bytes are not what they were.
+        """
+        if name not in self._whole:
+            self._whole[name] = self.chunk(name, 0)
+        return self._whole[name]
+
     @abstractmethod
     def chunk(self, name: str, sequence: int) -> npt.NDArray[Any]:
         """Padded elements of sequence `sequence` (counted within the shard) of array `name`.
@@ -90,6 +101,7 @@ class Frame(NamedTuple):
 
 
 class _Mapped(NamedTuple):
+    map: mmap.mmap
     data: memoryview
     starts: list[int]
     head: bytes
@@ -117,7 +129,10 @@ class DirectReader(ShardReader):
         start, stop = mapped.starts[sequence], mapped.starts[sequence + 1]
         data = mapped.data[start:stop]
         # What this house writes begins with the same bytes each time; another's frame may be laid out otherwise.
-        if data[: len(mapped.head)] != mapped.head and unfolded_size(bytes(data[:LONGEST_HEADER])) != mapped.nbytes:
+        if (
+            mapped.map[start : start + len(mapped.head)] != mapped.head
+            and unfolded_size(bytes(data[:LONGEST_HEADER])) != mapped.nbytes
+        ):
             raise damaged(
                 self.record.shard,
                 f"sequence {sequence} of {name} does not unfold to the {mapped.nbytes} bytes of its record",
@@ -147,6 +162,7 @@ class DirectReader(ShardReader):
         nbytes = count * array.dtype.itemsize
         starts = [*index_S2[:, 0].tolist(), int(index_S2[:, 1].sum())]
         mapped = _Mapped(
+            data,
             memoryview(data),
             starts,
             usual_head(nbytes) if array.codec == "zstd" else b"",
