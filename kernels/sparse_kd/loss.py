@@ -190,6 +190,7 @@ class _SparseKD(torch.autograd.Function):
         loss = (rows.loss_N.sum() if reduction == "sum" else rows.loss_N).to(rows.kd_N.dtype)
         if grad_NV is not None:
             ctx.save_for_backward(grad_NV)
+        ctx.backend, ctx.spent = backend, False
         ctx.mark_non_differentiable(rows.kd_N, rows.ce_N)
         return loss, rows.kd_N, rows.ce_N
 
@@ -197,8 +198,19 @@ class _SparseKD(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         if torch.is_grad_enabled():  # create_graph=True: the gradient would silently pass for a constant
             raise RuntimeError("sparse_kd_loss has no second derivative: call backward without create_graph")
-        (grad_NV,) = ctx.saved_tensors
-        return scaled(grad_NV.detach(), upstream), None, None, None, None, None
+        grad_NV = ctx.saved_tensors[0].detach()
+        if ctx.backend == "reference":
+            return scaled(grad_NV, upstream), None, None, None, None, None
+        if ctx.spent:
+            raise RuntimeError(
+                "sparse_kd_loss was differentiated twice, wanted once: its Triton kernel scales the gradient where it "
+                "lies, without waiting for the device; call the loss again, or take impl='reference'"
+            )
+        from stillroom.kernels.sparse_kd import triton
+
+        ctx.spent = True
+        triton.scale_(grad_NV, upstream)
+        return grad_NV, None, None, None, None, None
 
 
 def scaled(grad_NV: Tensor, upstream: Tensor) -> Tensor:

@@ -82,7 +82,9 @@ def block_loss(block: Block, buffer_RV: Tensor, problem: Problem, gradient: bool
     label_R = block.label_R.clamp_min(0)
     punched = None
     if block.split is not None:
-        punched = (torch.cat((block.row_E, every_R)), torch.cat((block.id_E, label_R)))
+        kept_R = torch.zeros_like(label_R).index_add_(0, block.row_E, (block.id_E == label_R[block.row_E]).long())
+        absent_R = kept_R == 0
+        punched = (torch.cat((block.row_E, every_R[absent_R])), torch.cat((block.id_E, label_R[absent_R])))
     elif problem.missing == "tail_bucket":
         punched = (block.row_E, block.id_E)
     student = softmax_into(buffer_RV, logits_RV, punched)

@@ -34,7 +34,7 @@ def softmax_into(buffer_RV: Tensor, logits_RV: Tensor, punched: tuple[Tensor, Te
         buffer_RV: overwritten, in the dtype of the computation.
         logits_RV: any floating dtype.
         punched: (row, id), `[P]` each, places to leave out: the buffer is then the softmax over the others, 0 at these, so
-            that the others' probability, `log_tail_R`, is a sum and not what is left of 1. A place may occur twice.
+            that the others' probability, `log_tail_R`, is a sum and not what is left of 1. Each place once.
     """
     if punched is None:
         torch.softmax(logits_RV, 1, dtype=buffer_RV.dtype, out=buffer_RV)
@@ -48,10 +48,9 @@ def softmax_into(buffer_RV: Tensor, logits_RV: Tensor, punched: tuple[Tensor, Te
     empty_R = tail_top_R == -torch.inf
     buffer_RV.masked_fill_(empty_R.unsqueeze(1), 0.0)  # softmax of nothing is NaN
     tail_sum_R = torch.where(empty_R, 0.0, buffer_RV.amax(1).reciprocal())
-    # what was punched, each place once: the logits' own exponentials, read where a hole is
     logit_P = logits_RV[row_P, id_P].to(buffer_RV.dtype)
     top_R = tail_top_R.scatter_reduce(0, row_P, logit_P, "amax")
-    kept_P = (logit_P - top_R[row_P]).exp().double() / _times(row_P, id_P, logits_RV.shape[1])
+    kept_P = (logit_P - top_R[row_P]).exp().double()
     kept_R = torch.zeros_like(top_R, dtype=torch.float64).index_add_(0, row_P, kept_P)
     tail_R = torch.where(empty_R, 0.0, tail_sum_R.double() * (tail_top_R - top_R).double().exp())
     log_total_R = (tail_R + kept_R).log()
@@ -60,8 +59,3 @@ def softmax_into(buffer_RV: Tensor, logits_RV: Tensor, punched: tuple[Tensor, Te
     )
     return Student(top_R, log_total_R.to(buffer_RV.dtype), log_tail_R.to(buffer_RV.dtype))
 
-
-def _times(row_P: Tensor, id_P: Tensor, vocabulary: int) -> Tensor:
-    """How often each place occurs, `[P]`."""
-    _, inverse_P, counts = torch.unique(row_P * vocabulary + id_P, return_inverse=True, return_counts=True)
-    return counts[inverse_P]
