@@ -56,7 +56,7 @@ def threshold(weights: Weights, draws: int, words: Words) -> Picked:
 
     tail_GB = blocks_GB.index_put((head_row_E, head_block_E), -head_E.to(torch.int64), accumulate=True)
     tail_G = tail_GB.sum(1)
-    many_G = torch.where(tail_G > 0, _floor_of_share(draws, tail_G, total_G).clamp_min(1), 0)
+    many_G = torch.where(tail_G > 0, floor_of_share(draws, tail_G, total_G).clamp_min(1), 0)
     most = int(many_G.max())
     step_M = torch.arange(most, device=total_G.device)
     point_GM = spread(step_M, tail_G.unsqueeze(1), many_G.clamp_min(1).unsqueeze(1), words)
@@ -134,7 +134,7 @@ def spread(step_M: Tensor, total_G1: Tensor, many_G1: Tensor, words: Words) -> T
     return step_M * whole_G1 + over_GM.div(many_G1, rounding_mode="floor")
 
 
-def _floor_of_share(draws: int, part_G: Tensor, total_G: Tensor) -> Tensor:
+def floor_of_share(draws: int, part_G: Tensor, total_G: Tensor) -> Tensor:
     """floor(draws * part / total) for part <= total < 2**62; the product does not fit 64 bits, its test does."""
     whole_G = total_G.div(draws, rounding_mode="floor")
     over_G = total_G - whole_G * draws

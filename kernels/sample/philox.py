@@ -22,6 +22,7 @@ from torch import Tensor
 
 MAX_SEQUENCE: Final = 1 << 40
 MAX_ROW: Final = 1 << 24
+KEYS: Final = {"sequence_N": MAX_SEQUENCE, "row_N": MAX_ROW}  # what is keyed by, and its bound
 WORD: Final = 0xFFFFFFFF
 STREAM_DRAWS: Final = 0
 STREAM_ROUNDING: Final = 1
@@ -53,7 +54,15 @@ def random_words(seed: int, sequence_N: Tensor, row_N: Tensor, *, stream: int, c
     Raises:
         ValueError: seed, sequence, row, stream or count out of range, or rows and sequences of different shapes.
     """
-    _check_key(seed, sequence_N, row_N, stream, count)
+    check_key(seed, stream, count)
+    for name, index_N, bound in zip(KEYS, (sequence_N, row_N), KEYS.values()):
+        if index_N.dtype != torch.int64 or index_N.dim() != 1 or index_N.shape != row_N.shape:
+            raise ValueError(
+                f"`{name}` came as {index_N.dtype}{list(index_N.shape)}, wanted int64[N], one for each row: "
+                "pass the index of every row's sequence and its position there"
+            )
+        if index_N.numel():
+            check_range(name, int(index_N.min()), int(index_N.max()), bound)
     pair_D = torch.arange((count + 1) // 2, device=row_N.device)
     row_word_N1 = ((sequence_N & 0xFF) << 24 | row_N).unsqueeze(1)
     sequence_word_N1 = (sequence_N >> 8).unsqueeze(1)
@@ -96,18 +105,15 @@ def scale_to(words: tuple[Tensor, Tensor], bound: Tensor) -> Tensor:
     return high * bound_high + (outer >> 32) + (inner >> 32 & WORD) + (middle >> 32)
 
 
-def _check_key(seed: int, sequence_N: Tensor, row_N: Tensor, stream: int, count: int) -> None:
+def check_key(seed: int, stream: int, count: int) -> None:
+    """Raise ValueError for a seed, stream or count out of range."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"`seed` came as {seed}, wanted 0 to 2**64 - 1: choose one in that range")
     if not 0 <= stream <= WORD or count < 1:
         raise ValueError(f"`stream` {stream} and `count` {count} came, wanted 0 to 2**32 - 1 and at least 1")
-    for name, index_N, bound in (("sequence_N", sequence_N, MAX_SEQUENCE), ("row_N", row_N, MAX_ROW)):
-        if index_N.dtype != torch.int64 or index_N.dim() != 1 or index_N.shape != row_N.shape:
-            raise ValueError(
-                f"`{name}` came as {index_N.dtype}{list(index_N.shape)}, wanted int64[N], one for each row: "
-                "pass the index of every row's sequence and its position there"
-            )
-        if index_N.numel() and not 0 <= int(index_N.min()) <= int(index_N.max()) < bound:
-            raise ValueError(
-                f"`{name}` runs from {int(index_N.min())} to {int(index_N.max())}, wanted 0 to {bound - 1}"
-            )
+
+
+def check_range(name: str, low: int, high: int, bound: int) -> None:
+    """Raise ValueError unless values that run from `low` to `high` are in [0, bound)."""
+    if not 0 <= low <= high < bound:
+        raise ValueError(f"`{name}` runs from {low} to {high}, wanted 0 to {bound - 1}")

@@ -27,11 +27,13 @@ LOG2E: Final = 1.0 / math.log(2.0)
 
 # 2**f = P(f) / 753.2153381473695 for |f| <= 1/2 within a relative 1.6e-7, rounding included. P has leading coefficient 1
 # (one pass over the logits less); the factor cancels in every ratio of weights and is put back where a logarithm is taken.
-_COEFFICIENTS: Final = (753.2153930664062, 522.0889282226562, 180.93829345703125, 41.8088264465332, 7.28775691986084)
+COEFFICIENTS: Final = (753.2153930664062, 522.0889282226562, 180.93829345703125, 41.8088264465332, 7.28775691986084)
 _EXPONENT: Final = 30
 UNIT: Final = 753.2153381473695 * 2.0**_EXPONENT  # weight of t = 0
-_LOWEST: Final = -40.0  # 2**t there is below one unit: the weight is 0
-_ROUND: Final = 1.5 * 2**23  # adding it leaves the nearest whole number in the low bits of a float32
+LOWEST: Final = -40.0  # 2**t there is below one unit: the weight is 0
+ROUND: Final = (
+    1.5 * 2**23 + _EXPONENT
+)  # adding it leaves the nearest whole number, plus _EXPONENT, in a float32's low bits
 
 MAX_VOCABULARY: Final = 1 << 22  # totals stay below 2**62
 GROUP_ELEMENTS: Final = 1 << 21  # weights kept at a time, 8 MiB
@@ -68,13 +70,21 @@ class Weights:
         """Weights of whole blocks, `[D, I]` float64; `block_D` counts blocks through the rows of the group."""
         return self.weights_GP.view(-1, self.ids_per_block).index_select(0, block_D).double()
 
-    def log_partition_G(self) -> Tensor:
-        """Log of the sum of exp(t / log2(e)), nats, `[G]` float64: log p = (z - row maximum) * exponent - this."""
-        return (self.total_G.double() / UNIT).log()
 
-    def entropy_G(self) -> Tensor:
-        """Entropy, nats, `[G]` float64."""
-        return (self.log_partition_G() + self.moment_G.double() / self.total_G.double() / LOG2E).clamp_min(0.0)
+def rate_of(exponent: float) -> float:
+    """Factor of a logit in t, rounded to float32 as everything that follows."""
+    return float(torch.tensor(exponent * LOG2E, dtype=torch.float32))
+
+
+def whole(logits_E: Tensor, top_E: Tensor, exponent: float = 1.0) -> Tensor:
+    """Weights of single logits, float32 whole numbers: the operations of `Weigher`, in the same order."""
+    power_E = ((logits_E - top_E) * rate_of(exponent)).clamp_min(LOWEST)
+    scale_E = power_E + ROUND
+    fraction_E = power_E - (scale_E - ROUND)
+    weight_E = fraction_E + COEFFICIENTS[-1]
+    for coefficient in COEFFICIENTS[-2::-1]:
+        weight_E = weight_E * fraction_E + coefficient
+    return (weight_E.view(torch.int32) + (scale_E.view(torch.int32) << 23)).view(torch.float32).floor()
 
 
 class Weigher:
@@ -97,8 +107,7 @@ class Weigher:
         self._wide = torch.empty(self.chunk_rows, self.padded, dtype=torch.float64, device=device)
         # PyTorch makes a tensor of every Python number in every call, 3 us each: made once here
         self._lowest, self._round, *self._coefficients = (
-            torch.tensor(value, dtype=torch.float32, device=device)
-            for value in (_LOWEST, _ROUND + _EXPONENT, *_COEFFICIENTS)
+            torch.tensor(value, dtype=torch.float32, device=device) for value in (LOWEST, ROUND, *COEFFICIENTS)
         )
         self._mantissa_bits = torch.tensor(23, dtype=torch.int32, device=device)
 
@@ -114,12 +123,12 @@ class Weigher:
         weights_GP = self._weights[:rows]
         blocks_GB = weights_GP.new_empty(rows, self.padded // self.per_block, dtype=torch.int64)
         moment_G = weights_GP.new_empty(rows, dtype=torch.int64)
-        rate = torch.tensor(exponent * LOG2E, dtype=torch.float32, device=weights_GP.device)
+        rate = torch.tensor(rate_of(exponent), dtype=torch.float32, device=weights_GP.device)
         for start in range(0, rows, self.chunk_rows):
             chunk = slice(start, min(rows, start + self.chunk_rows))
             power_CP = self._buffers[0][: chunk.stop - start]
             torch.sub(logits_GV[chunk], top_G1[chunk], out=power_CP[:, : self.vocabulary])
-            power_CP[:, self.vocabulary :] = _LOWEST
+            power_CP[:, self.vocabulary :] = LOWEST
             torch.maximum(power_CP.mul_(rate), self._lowest, out=power_CP)
             weights_CP = self._exp2(power_CP, weights_GP[chunk])
             blocks_GB[chunk] = self._block_sums(weights_CP)  # whole numbers below 2**53: exact
