@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from stillroom.storage.depot import path_or_url
 from stillroom.storage.spec import KeepLogp, SamplerKind, SamplerSpec
 
 
@@ -42,7 +43,9 @@ class TeacherConfig(BaseModel):
 class CacheConfig(CorpusConfig, TeacherConfig):
     """Settings of `stillroom cache`: one teacher, one corpus, one sampler, one directory."""
 
-    out: Path = Field(description="directory of the cache")
+    out: Annotated[Path | str, BeforeValidator(path_or_url)] = Field(
+        description="directory of the cache, or s3://, gs:// or az:// URL of an object store"
+    )
     sampler: SamplerKind = Field("threshold", description="how the teacher's distribution is thinned")
     draws: int = Field(50, description="N: number of draws, threshold 1/N; the k of top_k, the cap of top_p")
     top_p: float = Field(1.0, description="probability mass that top_p keeps")

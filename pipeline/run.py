@@ -7,6 +7,7 @@ Shapes: `S` sequences of a shard, `B` sequences of a batch, `L` rows per sequenc
 from __future__ import annotations
 
 import datetime
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,13 +43,13 @@ class CacheResult:
     """What a run of stage one did.
 
     Attributes:
-        out: directory of the cache.
+        out: directory or URL of the cache.
         sequences, rows: size of the whole cache.
         shards: shards of the plan; `shards_before` of them were there already.
         seconds: wall time of this run's shards.
     """
 
-    out: Path
+    out: Path | str
     sequences: int
     rows: int
     shards: int
@@ -79,9 +80,9 @@ def build_cache(config: CacheConfig, *, on_progress: Progress = lambda stage, do
     corpus = pack(config, tokenizer, on_progress=lambda done: on_progress("pack", done, 0))
     manifest = _manifest(config, spec, teacher, tokenizer, corpus)
     writer = CacheWriter(config.out, manifest)
-    tokenizer_folder = config.out / "tokenizer"
-    if not tokenizer_folder.is_dir():
-        tokenizer.save_pretrained(tokenizer_folder)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        writer.add_folder("tokenizer", Path(folder))
 
     before = writer.committed()
     start_s, done = time.perf_counter(), sum(_length(manifest, shard) for shard in before)
@@ -100,9 +101,9 @@ def build_cache(config: CacheConfig, *, on_progress: Progress = lambda stage, do
             writer.submit(shard, tokens_SL1, SparseTargets.concat(parts), rounding_R3)
             done += len(tokens_SL1)
     if len(before) < manifest.shards:
-        write_index(config.out)  # one file to open instead of a record per shard
+        write_index(writer.depot)  # one file to open instead of a record per shard
     return CacheResult(
-        out=config.out,
+        out=writer.root,
         sequences=manifest.sequences,
         rows=manifest.sequences * config.seq_len,
         shards=manifest.shards,

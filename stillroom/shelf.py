@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from stillroom.console import Reporter, say, show_pairs
+from stillroom.storage.depot import path_or_url
 
 if TYPE_CHECKING:
     from stillroom.storage.interchange.reading import ImportResult
@@ -23,7 +24,7 @@ class VerifyConfig(BaseModel):
     """Settings of `stillroom verify`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    cache: Path = Field(description="directory of the cache")
+    cache: Annotated[Path | str, BeforeValidator(path_or_url)] = Field(description="directory of the cache")
     hashes: bool = Field(False, description="also compare every file with the SHA-256 it was written with")
     sample: int | None = Field(None, ge=1, description="decode only so many sequences, evenly spread (default: all)")
     repair: bool = Field(

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeGuard, final
+from urllib.parse import urlsplit, urlunsplit
 
 from stillroom.storage import strict
 from stillroom.storage.errors import InputError
@@ -50,14 +51,17 @@ class Depot(Protocol):
             FormatError: it is no JSON object, or too large for one of ours.
         """
 
-    def list(self, folder: str) -> list[str]:
+    def names(self, folder: str) -> list[str]:
         """Names in `folder`; none if it is not there."""
 
     def put_folder(self, folder: str, objects: Iterable[tuple[str, bytes]]) -> None:
         """Put objects by their names under `folder`, which nobody else writes: all are there for good when it returns."""
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
-        """Make `path` hold `data`, whole or not at all, unless something else is there; True if this call did."""
+        """Make `path` hold `data`, whole or not at all, unless something is there; True if this call did.
+
+        A store may also say so where the very same bytes were there already: it can not tell them from its own.
+        """
 
     def replace(self, path: str, data: bytes) -> None:
         """Make `path` hold `data`, whole or not at all, whatever is there."""
@@ -99,7 +103,7 @@ class Directory:
         """As `Depot`."""
         return strict.load_file(self._path / path)
 
-    def list(self, folder: str) -> list[str]:
+    def names(self, folder: str) -> list[str]:
         """As `Depot`."""
         try:
             return os.listdir(self._path / folder)
@@ -156,7 +160,7 @@ class Directory:
         return [
             f"{folder}/{name}"
             for folder in (".", "commits")
-            for name in self.list(folder)
+            for name in self.names(folder)
             if _TEMPORARY.fullmatch(name)
         ]
 
@@ -164,6 +168,17 @@ class Directory:
 def is_url(path: object) -> TypeGuard[str]:
     """Whether `path` is a URL rather than a path."""
     return isinstance(path, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+
+
+def redacted(url: str) -> str:
+    """`url` without user, password, query and fragment: fit for errors, logs and file names."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def path_or_url(value: Any) -> Any:
+    """A string as a `Path`, unless it is a URL, whose slashes a `Path` would not keep; anything else as it is."""
+    return Path(value) if isinstance(value, str) and not is_url(value) else value
 
 
 def depot_at(where: str | os.PathLike[str] | Depot, *, storage_options: Mapping[str, Any] | None = None) -> Depot:

@@ -207,7 +207,7 @@ def write_index(root: str | os.PathLike[str] | Depot) -> Path | str:
         manifest = Manifest.from_json(depot.read_json(MANIFEST_NAME))
     except FileNotFoundError:
         raise NotACacheError(f"{depot.name} holds no {MANIFEST_NAME}: name a cache") from None
-    shards = sorted(shard for shard in shards_named(depot.list(COMMITS)) if shard < manifest.shards)
+    shards = sorted(shard for shard in shards_named(depot.names(COMMITS)) if shard < manifest.shards)
     with ThreadPoolExecutor(depot.readers) as pool:
         records = list(pool.map(lambda shard: load_record(depot, manifest, shard), shards))
     depot.replace(INDEX_NAME, index_bytes(manifest, records))

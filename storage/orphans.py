@@ -23,10 +23,10 @@ def collect_orphans(depot: Depot, manifest: Manifest, age_s: float = ORPHAN_AGE_
         their paths, relative to the cache.
     """
     attempts: dict[int, list[str]] = {}
-    for name in depot.list(SHARDS):
+    for name in depot.names(SHARDS):
         if match := _ATTEMPT.fullmatch(name):
             attempts.setdefault(int(match[1]), []).append(f"{SHARDS}/{name}")
-    done = shards_named(depot.list(COMMITS))  # after the attempts: what was committed meanwhile is seen
+    done = shards_named(depot.names(COMMITS))  # after the attempts: what was committed meanwhile is seen
     suspects = depot.leavings()
     for index, paths in attempts.items():
         if index in done and len(paths) == 1:

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from stillroom.storage.chain import Edges, breaks
 from stillroom.storage.commits import COMMITS, CommitRecord, committed, load_record, record_name
+from stillroom.storage.depot import is_url, redacted
 from stillroom.storage.errors import CacheError, DamagedError, FormatError, InputError
 from stillroom.storage.files import sync_directory
 from stillroom.storage.index import INDEX_NAME, MAX_INDEX_BYTES, Index
@@ -87,6 +88,10 @@ def verify(
     """
     if sample is not None and sample < 1:
         raise InputError(f"sample came as {sample}, wanted 1 or more: leave it out to decode every sequence")
+    if is_url(path):
+        raise InputError(
+            f"{redacted(path)} came to be verified, wanted a directory: copy it to a disk and verify the copy"
+        )
     started, root = time.monotonic(), Path(path)
     manifest = Manifest.load(root)
     present, strays = _listing(root, manifest)

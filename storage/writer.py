@@ -135,7 +135,7 @@ class CacheWriter:
 
     def committed(self) -> set[int]:
         """Indices of the shards that need no more work."""
-        return shards_named(self.depot.list(COMMITS))
+        return shards_named(self.depot.names(COMMITS))
 
     def record(self, index: int) -> CommitRecord | None:
         """The record of a shard, or None if it has none.
@@ -244,11 +244,12 @@ class CacheWriter:
 
     def add_folder(self, name: str, folder: Path) -> None:
         """Put the files of a local folder beside the shards, as folder `name`; a file that is there is left as it is."""
-        there = set(self.depot.list(name))
-        self.depot.prepare(name)
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and path.name not in there:
-                self.depot.put_if_absent(f"{name}/{path.name}", path.read_bytes())
+        there = set(self.depot.names(name))
+        missing = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in there]
+        if missing:
+            self.depot.prepare(name)
+        for path in missing:
+            self.depot.put_if_absent(f"{name}/{path.name}", path.read_bytes())
 
     def _check_shapes(
         self,

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
 from stillroom.storage import strict
+from stillroom.storage.depot import redacted
 from stillroom.storage.errors import CacheError, FormatError, InputError
-from stillroom.storage.remote.place import asked, open_store, redacted
+from stillroom.storage.remote.place import asked, open_store
 from stillroom.storage.remote.retry import DEFAULT_RETRY, RetryPolicy
 
 logger = logging.getLogger(__name__)
@@ -69,12 +70,12 @@ class Bucket:
 
     def read_json(self, path: str) -> dict[str, Any]:
         """As `Depot`."""
-        return self._retried(lambda: self._get_json(path), path)
+        return self._retried(lambda: self._get_json(path), path, "read")
 
-    def list(self, folder: str) -> list[str]:
+    def names(self, folder: str) -> list[str]:
         """As `Depot`."""
         prefix = f"{self._prefix}{folder}/"
-        found = self._retried(lambda: self._store.list_with_delimiter(prefix), folder)
+        found = self._retried(lambda: self._store.list_with_delimiter(prefix), folder, "listed")
         paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
         return [path.rstrip("/").rpartition("/")[2] for path in paths]
 
@@ -98,8 +99,8 @@ class Bucket:
             except FileNotFoundError:
                 raise ConnectionError("refused, but nothing is there: another put was under way") from None
 
-        made: bool = self._retried(ask, path)
-        if made and not self._conditional and self._retried(lambda: self._create(path, data), path):
+        made: bool = self._retried(ask, path, "written")
+        if made and not self._conditional and self._retried(lambda: self._create(path, data), path, "written"):
             raise self._unconditional(f"it took a second put of {path}")
         return made
 
@@ -109,7 +110,7 @@ class Bucket:
         def ask() -> None:
             self._store.put(self._prefix + path, data, chunk_size=PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
 
-        self._retried(ask, path)
+        self._retried(ask, path, "written")
 
     def surely_absent(self, path: str) -> bool:
         """As `Depot`: never, as a put whose answer did not come may still arrive."""
@@ -127,7 +128,7 @@ class Bucket:
         """As `Depot`."""
         try:
             if paths := [item["path"] for item in self._under(path)]:
-                self._retried(lambda: self._delete(paths), path)
+                self._retried(lambda: self._delete(paths), path, "deleted")
         except CacheError as error:
             logger.warning("%s/%s is left to be collected in a day: %s", self.name, path, error)
 
@@ -179,7 +180,7 @@ class Bucket:
 
     def _under(self, path: str) -> list[Mapping[str, Any]]:
         prefix = f"{self._prefix}{path}/"
-        return self._retried(lambda: [item for page in self._store.list(prefix) for item in page], path)
+        return self._retried(lambda: [item for page in self._store.list(prefix) for item in page], path, "listed")
 
-    def _retried(self, ask: Callable[[], T], path: str) -> T:
-        return asked(ask, policy=self._retry, what=f"{self.name}/{path}")
+    def _retried(self, ask: Callable[[], T], path: str, done: str) -> T:
+        return asked(ask, policy=self._retry, what=f"{self.name}/{path}", done=done)

@@ -7,9 +7,10 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar, final
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from stillroom.storage import strict
+from stillroom.storage.depot import redacted
 from stillroom.storage.errors import CacheError, InputError, StillroomError
 from stillroom.storage.remote.retry import RetryPolicy, with_retries
 
@@ -20,12 +21,6 @@ _BY_OBSTORE: Final = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 _NO_RETRIES: Final = {"max_retries": 0}  # ours are counted and waited for in one place
 _EXTRA: Final = "pip install 'stillroom[remote]'"
 _obstore_pid: int | None = None  # the process whose threads serve obstore; a fork has none of them
-
-
-def redacted(url: str) -> str:
-    """`url` without user, password, query and fragment: fit for errors, logs and file names."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 @final
@@ -135,13 +130,14 @@ class Place:
         return self._opened[1:]
 
 
-def asked(ask: Callable[[], T], *, policy: RetryPolicy, what: str) -> T:
+def asked(ask: Callable[[], T], *, policy: RetryPolicy, what: str, done: str = "read") -> T:
     """`ask()` with retries; what lasts is one sentence without secrets.
 
     Args:
         ask: the request.
         policy: how often it is made.
         what: the URL asked for, without credentials.
+        done: what is done to it: read, written, listed, deleted.
 
     Raises:
         FileNotFoundError: there is no such object.
@@ -156,8 +152,8 @@ def asked(ask: Callable[[], T], *, policy: RetryPolicy, what: str) -> T:
         status = getattr(error, "status_code", None) or getattr(error, "errno", None)
         kind = type(error).__name__ + (f" {status}" if status else "")
         raise CacheError(
-            f"{what} could not be had ({kind}, {policy.attempts} attempts at most): check the address, the credentials and the "
-            "connection"
+            f"{what} could not be {done} ({kind}, {policy.attempts} attempts at most): check the address, the credentials and "
+            "the connection"
         ) from _quiet(error)
 
 

@@ -41,6 +41,13 @@ class S3:
     def delete(self, name: str) -> None:
         self._store.delete(name)
 
+    def get_folder(self, name: str, folder: Path) -> None:
+        for page in self._store.list(f"{name}/"):
+            for item in page:
+                path = folder / item["path"].removeprefix(f"{name}/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(bytes(self._store.get(item["path"]).bytes()))
+
     def put_folder(self, folder: Path, name: str) -> None:
         for path in sorted(folder.rglob("*")):
             if path.is_file():

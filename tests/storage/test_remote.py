@@ -15,11 +15,12 @@ import pytest
 
 from stillroom.storage.cache import open_cache
 from stillroom.storage.commits import load_record, record_name
+from stillroom.storage.depot import redacted
 from stillroom.storage.errors import CacheError, DamagedError, InputError, NotACacheError
 from stillroom.storage.index import INDEX_NAME, write_index
 from stillroom.storage.remote import cache as remote_cache
 from stillroom.storage.remote.local import FullError
-from stillroom.storage.remote.place import Place, redacted
+from stillroom.storage.remote.place import Place
 from stillroom.storage.remote.retry import RetryPolicy, with_retries
 from stillroom.storage.spec import SamplerSpec
 from stillroom.storage.stream import StreamOrder
@@ -235,7 +236,7 @@ def test_errors_of_address(cache, tmp_path, s3):
         open_cache("nosuch://host/cache", **settings)
     with pytest.raises(InputError, match="are for URLs"):
         open_cache(cache, cache_bytes=10)
-    with pytest.raises(CacheError, match=r"http://127.0.0.1:9/cache/manifest.json could not be had") as caught:
+    with pytest.raises(CacheError, match=r"http://127.0.0.1:9/cache/manifest.json could not be read") as caught:
         open_cache(f"http://user:{SECRET}@127.0.0.1:9/cache", **settings)
     assert SECRET not in str(caught.value) + repr(caught.value.__cause__)
     assert redacted(f"https://user:{SECRET}@host:1/a/b?x={SECRET}#y") == "https://host:1/a/b"
