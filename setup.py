@@ -1,4 +1,4 @@
-"""The one thing pyproject.toml has no settled words for: the compiled loops of reading. Without a compiler numpy does the same."""
+"""What pyproject.toml has no settled words for: the compiled loops of reading. Without a compiler numpy does the same."""
 
 from setuptools import Extension, setup
 

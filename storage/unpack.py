@@ -25,10 +25,11 @@ from stillroom.storage.spec import COUNT_KINDS
 try:
     from stillroom.storage import _unpack
 except ImportError:  # no compiler when it was installed: numpy does the work
-    COMPILED: Final = False
+    _HELPER: Any = None
 else:
-    COMPILED = True
+    _HELPER = _unpack
 
+COMPILED: Final = _HELPER is not None
 Array = npt.NDArray[Any]
 _NONE: Final = np.zeros(0, np.float32)
 
@@ -78,7 +79,7 @@ def _plain(manifest: Manifest, chunks: dict[str, list[Array]]) -> Callable[..., 
     )
 
     def one(i: int, start: int, *out: Array) -> int:
-        return int(_unpack.plain(draws, vocab, start, n[i], ids[i], weights[i], *out))
+        return int(_HELPER.plain(draws, vocab, start, n[i], ids[i], weights[i], *out))
 
     return one
 
@@ -94,7 +95,7 @@ def _counts(manifest: Manifest, chunks: dict[str, list[Array]]) -> Callable[...,
     n, low, count = chunks["n"], chunks["id_lo"], chunks["count"]
 
     def one(i: int, start: int, *out: Array) -> int:
-        return int(_unpack.counts(draws, vocab, planes, start, n[i], low[i], high[i], count[i], table, *out))
+        return int(_HELPER.counts(draws, vocab, planes, start, n[i], low[i], high[i], count[i], table, *out))
 
     return one
 
@@ -109,6 +110,6 @@ def _threshold(manifest: Manifest, chunks: dict[str, list[Array]], logp: bool) -
 
     def one(i: int, start: int, *out: Array) -> int:
         codes = (n[i], low[i], high[i], n_head[i], head[i], logp_tail[i], tail[i])
-        return int(_unpack.threshold(draws, vocab, planes, start, *codes, scale.head_units, tails, table, *out))
+        return int(_HELPER.threshold(draws, vocab, planes, start, *codes, scale.head_units, tails, table, *out))
 
     return one

@@ -1,4 +1,4 @@
-"""What a training step reads: `Batch`, the two sources it comes from, and the order of sequences.
+"""The two sources of batches, and the order of sequences.
 
 A source is a `torch.utils.data.Dataset` of sequences whose `__getitems__` fetches a whole batch at once; with `OrderSampler`
 as the `batch_sampler` of a `DataLoader` (and `collate_fn=as_is`) they serve any training loop.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Protocol, final
 
 import numpy as np
@@ -23,34 +22,9 @@ from stillroom.storage import targets as storage_targets
 from stillroom.storage.cache import Cache, Follower
 from stillroom.storage.errors import InputError
 from stillroom.storage.stream import StreamOrder
+from stillroom.train.batch import Batch
 
 IGNORED = -100  # label of a row outside the loss mask
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Sequences for one forward pass; all tensors on one device.
-
-    Attributes:
-        tokens_BL: int64, what the model reads.
-        labels_BL: int64, the token after each; -100 outside the loss mask.
-        mask_BL: bool, rows that count.
-        targets: of the B * L rows, sequence by sequence; None where the source has tokens only.
-    """
-
-    tokens_BL: torch.Tensor
-    labels_BL: torch.Tensor
-    mask_BL: torch.Tensor
-    targets: SparseTargets | None = None
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(
-            self.tokens_BL.to(device, non_blocking=True),
-            self.labels_BL.to(device, non_blocking=True),
-            self.mask_BL.to(device, non_blocking=True),
-            None if self.targets is None else self.targets.to(device, non_blocking=True),
-        )
 
 
 class Source(Protocol):

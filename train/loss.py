@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from stillroom.kernels.sparse_kd import sparse_kd_loss
+from stillroom.train.batch import Batch
 from stillroom.train.config import LossName, MissingMass
-from stillroom.train.data import Batch
 from stillroom.train.dense_kd import dense_kd_loss
 
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from stillroom.storage.cache import Cache
 from stillroom.storage.errors import InputError
 from stillroom.storage.remote.cache import RemoteCache
-from stillroom.train.data import Batch, CacheDataset, OrderSampler, Source, as_is, order_of
+from stillroom.train.batch import Batch
+from stillroom.train.data import CacheDataset, OrderSampler, Source, as_is, order_of
 
 
 @final

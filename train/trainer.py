@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 
 from stillroom.storage.errors import InputError
+from stillroom.train.batch import Batch
 from stillroom.train.config import TrainConfig
-from stillroom.train.data import Batch, OrderSampler, Source, order_of
+from stillroom.train.data import OrderSampler, Source, order_of
 from stillroom.train.folder import RunFolder, mark_complete
 from stillroom.train.loss import Objective
 from stillroom.train.optim import BETAS, make_optimizer, rate_multiplier

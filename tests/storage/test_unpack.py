@@ -46,10 +46,16 @@ def test_it_was_compiled_if_it_could_be():
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
 def test_the_same_bits_as_numpy(made, tmp_path, monkeypatch, spec, vocab_size, profile):
     made.write(tmp_path, made.manifest(spec, vocab_size=vocab_size, profile=profile))
+    answers = []
+
+    def helping(*arguments):
+        answers.append(unpack.unpack(*arguments))
+        return answers[-1]
+
     for columns in ((), ("tokens",), ("tokens", "logp", "label_logp", "entropy")):
-        cache, answers = open_cache(tmp_path, columns=columns), []
-        one_helped = unpack.unpack
-        monkeypatch.setattr("stillroom.storage.cache.unpack", lambda *a: answers.append(one_helped(*a)) or answers[-1])
+        cache = open_cache(tmp_path, columns=columns)
+        monkeypatch.setattr("stillroom.storage.cache.unpack", helping)
+        answers.clear()
         helped = cache.read([4, 0, 5, 2, 1])
         by_numpy = profile == "fast" and "logp" in columns and spec.keep_logp != "none"
         assert answers == [not by_numpy]

@@ -8,8 +8,8 @@ import torch
 from stillroom.kernels.sparse_kd import MISSING_MASS
 from stillroom.kernels.targets import SparseTargets
 from stillroom.train import dense_kd
+from stillroom.train.batch import Batch
 from stillroom.train.config import LossName, MissingMass
-from stillroom.train.data import Batch
 from stillroom.train.dense_kd import dense_kd_loss
 from stillroom.train.loss import LOSSES, Objective
 
