@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 from typing import Final, Literal
 
 import torch
 
 IMPLEMENTATIONS: Final = ("auto", "triton", "reference")
 Backend = Literal["triton", "reference"]
+_INSTALLED: Final = importlib.util.find_spec("triton") is not None
 
 
 def resolve(impl: str, tensor: torch.Tensor) -> Backend:
@@ -30,8 +30,8 @@ def resolve(impl: str, tensor: torch.Tensor) -> Backend:
         return "reference"
     on_cuda = tensor.device.type == "cuda"
     if impl == "auto":
-        return "triton" if on_cuda and _installed() and tensor.dtype != torch.float64 else "reference"
-    if not _installed():
+        return "triton" if on_cuda and _INSTALLED and tensor.dtype != torch.float64 else "reference"
+    if not _INSTALLED:
         raise ValueError(
             "`impl` came as 'triton', which is not installed here: install triton or take impl='reference'"
         )
@@ -50,8 +50,3 @@ def resolve(impl: str, tensor: torch.Tensor) -> Backend:
 def interpreted() -> bool:
     """Whether Triton kernels run in the interpreter, on a CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -5,15 +5,17 @@ the entries' logits, `HOLES` one bit per id, set where it does not belong to the
 2**31. An id out of range is not read; its row's values are NaN, so that it shows without a check beforehand.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, attr-defined"
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from stillroom.kernels.sparse_kd.divergence_triton import FORWARD_KL, minus_expm1, pull_of, term
+
 INF: tl.constexpr = tl.constexpr(float("inf"))
-FORWARD_KL, REVERSE_KL, JSD, SKEW_KL, SKEW_REVERSE_KL = (tl.constexpr(i) for i in range(5))  # order of `DIVERGENCES`
 RENORMALISE_TEACHER, RENORMALISE_BOTH, TAIL_BUCKET = (tl.constexpr(i) for i in range(1, 4))  # order of `MISSING_MASS`
-LOG_EPS: tl.constexpr = tl.constexpr(-15.942385)  # log(2**-23)
 
 
 @triton.jit
@@ -123,7 +125,7 @@ def rows_kernel(
                     s += tl.sum(e, 0)
                     s1 += tl.sum(tl.exp(z - top), 0)
                     rest_sum += tl.sum(tl.where(ids == y, 0.0, e), 0)
-            if SPLIT:
+            if SPLIT:  # noqa: SIM102  # one is decided when the kernel is compiled, the other for each row
                 if label_kept == 0:
                     s += tl.exp((zy - top) * it)
                     s1 += tl.exp(zy - top)
@@ -139,7 +141,7 @@ def rows_kernel(
             dkd = tl.load(DKD + row)
             label_logq = (zy - top) * it - log_s
             p = tl.exp(label_logp)
-            unc = _minus_expm1(label_logp)
+            unc = minus_expm1(label_logp)
             u = rest_sum / s
             log_u = tl.log(tl.where(u > 0, u, 1.0)) + tl.where(u > 0, 0.0, -INF)
             rest_mass = unc
@@ -147,7 +149,7 @@ def rows_kernel(
                 rest_mass = others
             usable = (mass > 0) & (rest_mass > 0)
             inverse = tl.where(usable, 1.0 / tl.where(usable, rest_mass, 1.0), 0.0)
-        elif MISSING == RENORMALISE_TEACHER or MISSING == RENORMALISE_BOTH:
+        elif (MISSING == RENORMALISE_TEACHER) | (MISSING == RENORMALISE_BOTH):
             inverse = 1.0 / tl.where(mass > 0, mass, 1.0)
             log_mass = tl.log(tl.where(mass > 0, mass, 1.0))
         log_kept = tl.log(tl.where(kept_sum > 0, kept_sum, 1.0))
@@ -159,8 +161,8 @@ def rows_kernel(
                     ids, y, k, n, lo, W, LOGP, Z, top, log_s, kept_top, log_kept, log_u, inverse, log_mass, it,
                     DIVERGENCE, MISSING, SPLIT,
                 )  # fmt: skip
-                kd += tl.sum(_term(w, logp, logq, log_share, log_other, log_a, a, DIVERGENCE), 0)
-                pulled += tl.sum(_pull(w, logp, logq, log_share, log_other, log_a, a, DIVERGENCE), 0)
+                kd += tl.sum(term(w, logp, logq, log_share, log_other, log_a, a, DIVERGENCE), 0)
+                pulled += tl.sum(pull_of(w, logp, logq, log_share, log_other, log_a, a, DIVERGENCE), 0)
         if SPLIT:
             if MISSING == TAIL_BUCKET:
                 rest = tl.where(usable & (d > 0), tl.maximum(1.0 + pulled, 0.0), 0.0)
@@ -180,8 +182,8 @@ def rows_kernel(
                 rest = tl.where((mass > 0) & (d > 0), tl.maximum(1.0 - mass, 0.0), 0.0)
                 log_rest = tl.log(tl.where(rest > 0, rest, 1.0))
                 log_tail = tl.log(tl.where(d > 0, d, 1.0)) - log_s
-                kd += _term(rest, log_rest, log_tail, log_share, log_other, log_a, a, DIVERGENCE)
-                bucket = _pull(rest, log_rest, log_tail, log_share, log_other, log_a, a, DIVERGENCE)
+                kd += term(rest, log_rest, log_tail, log_share, log_other, log_a, a, DIVERGENCE)
+                bucket = pull_of(rest, log_rest, log_tail, log_share, log_other, log_a, a, DIVERGENCE)
                 pulled += bucket
             along = -pulled
         tl.store(KD + row, tl.where(bad > 0, float("nan"), kd * temperature * temperature))
@@ -201,10 +203,7 @@ def rows_kernel(
                 j = start + tl.arange(0, BLOCK)
                 x = tl.load(X + j, mask=j < V, other=-INF, eviction_policy="evict_first").to(tl.float32)
                 e = tl.exp((x - top) * it)
-                if POWER == 0:
-                    g = e * (tail_c + c1)
-                else:
-                    g = e * tail_c + _at_one(e, x - top, POWER) * c1
+                g = e * tail_c + _at_one(e, x - top, POWER) * c1
                 tl.store(G + j, _rounded(g, EMULATE, G.dtype.element_ty), mask=j < V, cache_modifier=".cs")
             tl.debug_barrier()  # the entries are written over what the stream left there
             if TARGETS:
@@ -215,7 +214,7 @@ def rows_kernel(
                         ids, y, k, n, lo, W, LOGP, Z, top, log_s, kept_top, log_kept, log_u, inverse, log_mass, it,
                         DIVERGENCE, MISSING, SPLIT,
                     )  # fmt: skip
-                    pull = _pull(w, logp, logq, log_share, log_other, log_a, a, DIVERGENCE)
+                    pull = pull_of(w, logp, logq, log_share, log_other, log_a, a, DIVERGENCE)
                     z = tl.load(Z + lo + k, mask=k < n, other=-INF)
                     e = tl.exp((z - top) * it)
                     e1 = tl.exp(z - top)
@@ -258,82 +257,11 @@ def _entry(
 
 
 @triton.jit
-def _term(w, logp, logq, log_share, log_other, log_a, a, DIVERGENCE: tl.constexpr):
-    some = w > 0
-    if DIVERGENCE == FORWARD_KL:
-        return tl.where(some, w * (tl.log(tl.where(some, w, 1.0)) - logq), 0.0)
-    logr = logq - logp
-    if DIVERGENCE == REVERSE_KL:
-        wr = tl.where(some, tl.exp(tl.log(tl.where(some, w, 1.0)) + logr), 0.0)
-        return tl.where(wr > 0, wr * (logr - 1.0), 0.0)
-    if DIVERGENCE == JSD:
-        value = -tl.exp(log_share) * _log_mixture(logr, log_share, log_other)
-        value -= tl.exp(log_other) * _saturating(logr, log_a, a)
-    elif DIVERGENCE == SKEW_KL:
-        value = -_log_mixture(logr, log_share, log_other)
-    elif DIVERGENCE == SKEW_REVERSE_KL:
-        value = -_saturating(logr, log_a, a)
-    else:  # total variation
-        value = -tl.exp(tl.minimum(logr, 0.0))
-    return tl.where(some, w * value, 0.0)
-
-
-@triton.jit
-def _pull(w, logp, logq, log_share, log_other, log_a, a, DIVERGENCE: tl.constexpr):
-    some = w > 0
-    if DIVERGENCE == FORWARD_KL:
-        return -w
-    logr = logq - logp
-    if DIVERGENCE == REVERSE_KL:
-        wr = tl.where(some, tl.exp(tl.log(tl.where(some, w, 1.0)) + logr), 0.0)
-        return tl.where(wr > 0, wr * logr, 0.0)
-    if DIVERGENCE == JSD:
-        value = -tl.exp(log_other) * _saturating(logr, log_a, a)
-    elif DIVERGENCE == SKEW_KL:
-        value = -1.0 / (1.0 + tl.exp(-(logr + log_a)))
-    elif DIVERGENCE == SKEW_REVERSE_KL:
-        value = a / (1.0 + tl.exp(log_a - logr)) - _saturating(logr, log_a, a)
-    else:  # total variation
-        value = tl.where(logr < 0.0, -tl.exp(tl.minimum(logr, 0.0)), 0.0)
-    return tl.where(some, w * value, 0.0)
-
-
-@triton.jit
-def _log_mixture(logr, log_share, log_other):
-    """log(share + other * r)."""
-    x = logr + log_other
-    return tl.maximum(x, log_share) + _log1p_exp(-tl.abs(x - log_share))
-
-
-@triton.jit
-def _saturating(logr, log_a, a):
-    """r log(1 + a/r), from 0 to a."""
-    u = tl.minimum(tl.maximum(log_a - logr, LOG_EPS), 1e4)
-    return a * tl.exp(-u) * (tl.maximum(u, 0.0) + _log1p_exp(-tl.abs(u)))
-
-
-@triton.jit
-def _log1p_exp(x):
-    """log(1 + exp(x)) for x <= 0: log of the rounded sum, corrected for what the rounding lost."""
-    e = tl.exp(x)
-    more = 1.0 + e
-    lost = more == 1.0
-    return tl.where(lost, e, tl.log(more) * (e / tl.where(lost, 1.0, more - 1.0)))
-
-
-@triton.jit
-def _minus_expm1(x):
-    """1 - exp(x) for x <= 0, to all digits: (1 - e) x / log(e) undoes the rounding of e."""
-    e = tl.exp(x)
-    near = e == 1.0
-    far = e < 0.5
-    return tl.where(near, -x, tl.where(far, 1.0 - e, (1.0 - e) * x / tl.log(tl.where(near | far, 0.5, e))))
-
-
-@triton.jit
 def _at_one(e, over, POWER: tl.constexpr):
     """exp(over) where e = exp(over / T)."""
-    if POWER == 2:
+    if POWER == 0:
+        return e
+    elif POWER == 2:
         return e * e
     elif POWER == 3:
         return e * e * e

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stillroom.kernels.backend import resolve
-from stillroom.kernels.sparse_kd import reference
+from stillroom.kernels.sparse_kd import ops, reference
 from stillroom.kernels.sparse_kd.problem import MISSING_MASS, Problem, TargetSplit, make_problem
 from stillroom.kernels.targets import SparseTargets
 
@@ -149,6 +149,10 @@ def sparse_kd_loss(
     )
     backend = resolve(impl, logits_NV)
     wanted = logits_NV.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        kd_N, ce_N, loss_N = ops.values_and_gradient(logits_NV, problem, wanted, backend)
+        loss_N = loss_N.sum() if reduction == "sum" else loss_N
+        return SparseKDOutput(loss_N.to(kd_N.dtype), kd_N, ce_N)
     loss, kd_N, ce_N = _SparseKD.apply(logits_NV, problem, wanted, inplace, reduction, backend)  # type: ignore[no-untyped-call]
     return SparseKDOutput(loss, kd_N, ce_N)
 
@@ -222,6 +226,8 @@ def scaled(grad_NV: Tensor, upstream: Tensor) -> Tensor:
         return grad_NV * upstream.unsqueeze(1)
     out_NV = torch.empty_like(grad_NV)
     step = max(1, reference.BLOCK_ELEMENTS // grad_NV.shape[1])
-    for part_NV, scale_N, to_NV in zip(grad_NV.split(step), upstream.split(step), out_NV.split(step)):
+    for part_NV, scale_N, to_NV in zip(
+        torch.split(grad_NV, step), torch.split(upstream, step), torch.split(out_NV, step)
+    ):
         to_NV.copy_(part_NV.to(upstream.dtype) * scale_N.unsqueeze(1))
     return out_NV

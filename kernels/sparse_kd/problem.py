@@ -168,9 +168,11 @@ def check_values(problem: Problem, vocabulary: int) -> None:
         return
     _check_ids("targets.ids", targets.ids, vocabulary, ": pad the student's vocabulary or use the teacher's")
     if targets.ids.numel():
-        key_E = (targets.entry_rows() * vocabulary + targets.ids).sort().values
-        if bool((key_E[1:] == key_E[:-1]).any()):
-            row = int(key_E[1:][key_E[1:] == key_E[:-1]][0]) // vocabulary
+        key_E = (targets.entry_rows() * vocabulary + targets.ids).cpu().numpy()
+        key_E.sort()  # numpy's: several times faster than torch's
+        twice = key_E[1:] == key_E[:-1]
+        if twice.any():
+            row = int(key_E[1:][twice][0]) // vocabulary
             raise ValueError(
                 f"`targets.ids` came with an id twice in row {row}, wanted each once: add up the weights of repeated draws"
             )

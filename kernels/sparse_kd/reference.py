@@ -34,7 +34,7 @@ def loss_and_gradient(logits_NV: Tensor, problem: Problem, grad_NV: Tensor | Non
     """KD and CE of every row; the gradient goes to `grad_NV`, which may be the logits themselves."""
     rows, vocabulary = logits_NV.shape
     compute = problem.weight_N.dtype
-    kd_N, ce_N = logits_NV.new_zeros(2, rows, dtype=compute)
+    kd_N, ce_N = logits_NV.new_zeros(rows, dtype=compute), logits_NV.new_zeros(rows, dtype=compute)
     direct = grad_NV is not None and grad_NV is not logits_NV and grad_NV.dtype == compute
     in_place = direct and problem.missing != "tail_bucket" and problem.split is None and problem.temperature == 1.0
     step = max(1, (DIRECT_ELEMENTS if in_place else BLOCK_ELEMENTS) // vocabulary)

@@ -58,4 +58,3 @@ def softmax_into(buffer_RV: Tensor, logits_RV: Tensor, punched: tuple[Tensor, Te
         empty_R, -torch.inf, (tail_top_R - top_R).double() + tail_sum_R.double().log() - log_total_R
     )
     return Student(top_R, log_total_R.to(buffer_RV.dtype), log_tail_R.to(buffer_RV.dtype))
-

@@ -30,7 +30,7 @@ _POWERS = {1.0: 0, 2.0: 2, 3.0: 3, 4.0: 4}
 def loss_and_gradient(logits_NV: Tensor, problem: Problem, grad_NV: Tensor | None) -> tuple[Tensor, Tensor]:
     """KD and CE of every row; the gradient goes to `grad_NV`, which may be the logits themselves."""
     rows, vocabulary = logits_NV.shape
-    kd_N, ce_N = logits_NV.new_empty(2, rows, dtype=torch.float32)
+    kd_N, ce_N = (logits_NV.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows == 0:
         return kd_N, ce_N
     x_NV = logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
