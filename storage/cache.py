@@ -24,6 +24,7 @@ from stillroom.storage.gather import COLUMNS, Column, chunks_of, flat, gather, n
 from stillroom.storage.index import Index, read_index
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.readers import READERS, ReaderName, ShardReader
+from stillroom.storage.remote.snapshot import refuse_snapshot
 from stillroom.storage.room import Room
 from stillroom.storage.stream import StreamOrder
 from stillroom.storage.targets import SparseTargets
@@ -282,6 +283,7 @@ def open_cache(
             f"{os.fspath(path)} is a directory, and cache_dir, cache_bytes and storage_options are for URLs: drop them"
         )
     root = Path(path)
+    refuse_snapshot(root)
     manifest = Manifest.load(root)
     present = sorted(index for index in committed(root) if index < manifest.shards)
     if len(present) < manifest.shards and not partial:

@@ -33,6 +33,7 @@ from stillroom.storage.raw import blocks_of, read_block
 from stillroom.storage.readers import DirectReader
 
 FILE_BYTES: Final = 256 << 20  # of the cache, in one data file
+MOST_FILES: Final = 9_000  # in the folder of data files: hubs ask for fewer than 10,000 in one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +115,15 @@ def export_cache(
     )
 
 
+def default_shards_per_file(mean_bytes: float, shards: int) -> int:
+    """Shards in a data file where nothing is said: about 256 MB of the cache, more where that would be too many files."""
+    return min(max(1, round(FILE_BYTES / max(mean_bytes, 1)), -(-shards // MOST_FILES)), shards)
+
+
 def _plan(cache: Cache, folder: Path, to: To, shards_per_file: int | None) -> ExportPlan:
     """The plan of a new export, or of the one begun in `folder` if it is the same."""
     mean_bytes = sum(cache.record(shard).size_bytes for shard in cache.shards) / max(len(cache.shards), 1)
-    default = min(max(1, round(FILE_BYTES / max(mean_bytes, 1))), cache.manifest.shards)
+    default = default_shards_per_file(mean_bytes, cache.manifest.shards)
     plan = ExportPlan(to=to, shards_per_file=shards_per_file or default, manifest=cache.manifest)
     if folder.is_dir() and not (folder / PLAN_NAME).is_file() and any(folder.iterdir()):
         raise InputError(f"{folder} holds other files and no export: choose a new folder")
