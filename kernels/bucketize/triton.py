@@ -10,6 +10,7 @@ compile-time constants.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -22,7 +23,9 @@ from stillroom.kernels.backend import interpreted
 
 # The interpreter truncates float32 to bfloat16; the kernels then round to nearest even by hand.
 INTERPRETED: Final = interpreted()
-BLOCK: Final = 8192  # columns in work at a time over all temperatures; a first guess, see kernels/tuning.py
+# Columns in work at a time, over all temperatures. Derived, not measured on a GPU yet: 16 elements per thread of 16 warps compile
+# to at most 40 registers on sm_90 without spills, so four programs share a multiprocessor.
+BLOCK: Final = 8192
 ENTRY_BLOCK: Final = 64
 
 
@@ -155,11 +158,12 @@ def forward(
     label_N = logits_NV.new_zeros(rows, dtype=torch.float32)
     tail_NT = logits_NV.new_empty(rows, len(temperatures), dtype=torch.float32)
     if rows:
-        _forward_kernel[(rows,)](
-            logits_NV, logits_NV.stride(0), offsets, ids, labels_N, _inverse(temperatures, logits_NV), support_E, label_N,
-            tail_NT, columns, vocab_start, len(temperatures), HAS_LABELS=labels_N is not None,
-            **_launch(columns, len(ids) / rows, len(temperatures)),
-        )  # fmt: skip
+        with _on(logits_NV):
+            _forward_kernel[(rows,)](
+                logits_NV, logits_NV.stride(0), *_dense(offsets, ids, labels_N), _inverse(temperatures, logits_NV), support_E,
+                label_N, tail_NT, columns, vocab_start, len(temperatures), HAS_LABELS=labels_N is not None,
+                **_launch(columns, len(ids) / rows, len(temperatures)),
+            )  # fmt: skip
     return support_E, label_N, tail_NT
 
 
@@ -172,13 +176,14 @@ def backward(
     rows, columns = logits_NV.shape
     grad_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
     if rows:
-        _backward_kernel[(rows,)](
-            logits_NV, logits_NV.stride(0), offsets, ids, labels_N, _inverse(temperatures, logits_NV), tail_NT,
-            grad_support_E.contiguous(), grad_label_N.contiguous(), grad_tail_NT.contiguous(), grad_NV, columns,
-            vocab_start, len(temperatures), HAS_LABELS=labels_N is not None,
-            EMULATE=INTERPRETED and grad_NV.dtype == torch.bfloat16,
-            **_launch(columns, len(ids) / rows, len(temperatures)),
-        )  # fmt: skip
+        with _on(logits_NV):
+            _backward_kernel[(rows,)](
+                logits_NV, logits_NV.stride(0), *_dense(offsets, ids, labels_N), _inverse(temperatures, logits_NV),
+                *_dense(tail_NT, grad_support_E, grad_label_N, grad_tail_NT), grad_NV, columns, vocab_start,
+                len(temperatures), HAS_LABELS=labels_N is not None,
+                EMULATE=INTERPRETED and grad_NV.dtype == torch.bfloat16,
+                **_launch(columns, len(ids) / rows, len(temperatures)),
+            )  # fmt: skip
     return grad_NV
 
 
@@ -187,6 +192,16 @@ def _rows_apart(logits_NV: Tensor) -> Tensor:
     if logits_NV.stride(1) == 1 and logits_NV.stride(0) >= logits_NV.shape[1]:
         return logits_NV
     return logits_NV.contiguous()
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous: the kernels know no strides but the logits'."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _inverse(temperatures: Sequence[float], like: Tensor) -> Tensor:

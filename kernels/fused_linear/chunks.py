@@ -174,17 +174,19 @@ def take_rows(problem: Problem, live_N: Tensor, live_L: Tensor) -> Problem:
     targets, split = problem.targets, problem.split
     if targets is not None:
         count_N = targets.offsets.diff()
-        first, last = targets.offsets[0], targets.offsets[-1]
-        keep_E = live_N.repeat_interleave(count_N)
-        offsets = torch.cat((count_N.new_zeros(1), count_N[live_L].cumsum(0)))
-        entries = slice(int(first), int(last))
+        entry_E = torch.arange(targets.ids.numel(), device=live_N.device)
+        row_E = (
+            torch.searchsorted(targets.offsets, entry_E, right=True) - 1
+        )  # of a part, entries may lie before and behind
+        inside_E = (row_E >= 0) & (row_E < problem.rows)
+        kept = (inside_E & live_N[row_E.clamp(0, problem.rows - 1)]).nonzero().squeeze(1)
         targets = SparseTargets(
-            offsets,
-            targets.ids[entries][keep_E],
-            targets.weights[entries][keep_E],
+            torch.cat((count_N.new_zeros(1), count_N[live_L].cumsum(0))),
+            targets.ids[kept],
+            targets.weights[kept],
             targets.label_logp[live_L],
             targets.entropy[live_L],
-            None if targets.logp is None else targets.logp[entries][keep_E],
+            None if targets.logp is None else targets.logp[kept],
         )
     if split is not None:
         split = TargetSplit(split.tkd_N[live_L], split.dkd_N[live_L])

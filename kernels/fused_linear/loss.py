@@ -69,7 +69,7 @@ def fused_linear_sparse_kd(
             accumulator it saves, see `plan.rows_per_chunk`.
         recompute: keep nothing but the arguments and make the gradients in the backward pass: a fourth matrix product.
         compact: leave rows without weight (label -100, row weight 0) out of all products. The host then waits for the device
-            once, to learn how many are left; False for CUDA graphs.
+            to learn how many are left; False for CUDA graphs.
         alpha: this and the following as in `sparse_kd_loss`.
         divergence: see there.
         beta: see there.

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -296,6 +301,23 @@ def test_rows_that_share_memory_or_lie_apart(device: str, impl: str) -> None:
 
 
 @backends
+def test_every_second_element_of_ids_labels_and_gradients(device: str, impl: str) -> None:
+    """Kernels count in elements: strided arguments must not be read as if they lay side by side."""
+    logits_NV, offsets, ids, labels_N = moved(device, *case())
+    offsets, ids, labels_N = (torch.stack((x, x), 1)[:, 0] for x in (offsets, ids, labels_N))
+    z = logits_NV.float().requires_grad_()
+    got = bucketize(z, offsets, ids, labels_N, impl=impl)
+    wanted = dense(z, offsets, ids, labels_N, (1.0,))
+    upstream_E = torch.randn(2 * len(ids), device=device)[::2]
+    (ours,) = torch.autograd.grad((got.support_E, got.tail_NT.sum()), z, (upstream_E, torch.ones((), device=device)))
+    (exact,) = torch.autograd.grad(
+        (wanted.support_E, wanted.tail_NT.sum()), z, (upstream_E, torch.ones((), device=device))
+    )
+    assert torch.equal(got.support_E, wanted.support_E)
+    assert torch.allclose(ours, exact, rtol=1e-5, atol=1e-7)
+
+
+@backends
 def test_nothing_of_the_logits_size_is_saved_but_the_logits(device: str, impl: str) -> None:
     logits_NV, offsets, ids, labels_N = moved(device, *case(rows=16, vocabulary=500))
     z = logits_NV.float().requires_grad_()
@@ -354,6 +376,46 @@ def test_compiles_without_a_graph_break() -> None:
         assert z.grad is not None
         grads.append(z.grad)
     assert torch.equal(grads[0], grads[1])
+
+
+COMPILE = """
+import glob, subprocess, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from stillroom.kernels.bucketize import triton as ours
+
+rows = dict(LOGITS="*bf16", stride="i32", OFFSETS="*i64", IDS="*i32", LABELS="*i64", INVERSE_T="*fp32")
+sizes = dict(columns="i32", vocab_start="i32", temperatures="i32")
+forward = dict(**rows, SUPPORT="*fp32", LABEL_LOGIT="*fp32", TAIL="*fp32", **sizes)
+backward = dict(**rows, TAIL="*fp32", GRAD_SUPPORT="*fp32", GRAD_LABEL="*fp32", GRAD_TAIL="*fp32", GRAD="*bf16", **sizes)
+for temperatures, labelled in ((1, True), (2, False)):
+    how = ours._launch(128_256, 12, temperatures)
+    warps = how.pop("num_warps")
+    constants = dict(how, HAS_LABELS=labelled) | ({} if labelled else {"LABELS": None})
+    for kernel, signature, more in ((ours._forward_kernel, forward, {}), (ours._backward_kernel, backward, {"EMULATE": False})):
+        fixed = constants | more
+        made = triton.compile(
+            ASTSource(fn=kernel, signature={**signature, **dict.fromkeys(fixed, "constexpr")}, constexprs=fixed),
+            target=GPUTarget("cuda", 90, 32), options={"num_warps": warps},
+        )
+        open("kernel.cubin", "wb").write(made.asm["cubin"])
+        tool = glob.glob(triton.__path__[0] + "/backends/nvidia/bin/cuobjdump")[0]
+        used = subprocess.run([tool, "--dump-resource-usage", "kernel.cubin"], capture_output=True, text=True, check=True)
+        print(used.stdout)
+"""
+
+
+def test_kernels_compile_for_hopper_without_spills(tmp_path: Path) -> None:
+    """The compiler needs no GPU. Registers of 512 threads that leave room for three programs on a multiprocessor."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    registers = [int(x) for x in re.findall(r"REG:(\d+)", done.stdout)]
+    assert len(registers) == 4
+    assert max(registers) <= 65_536 // (3 * 512)
+    assert re.findall(r"(?:STACK|LOCAL):(\d+)", done.stdout) == ["0"] * 8
 
 
 @pytest.mark.gpu
