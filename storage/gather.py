@@ -18,7 +18,7 @@ import pyarrow as pa
 from stillroom.storage.commits import damaged
 from stillroom.storage.layout import arrays_of, id_high_bits
 from stillroom.storage.manifest import Manifest
-from stillroom.storage.profiles import from_profile
+from stillroom.storage.profiles import check_ranks, from_profile
 from stillroom.storage.readers import DirectReader, ShardReader
 
 Array = npt.NDArray[Any]
@@ -53,8 +53,17 @@ def gather(places: list[Place], names: list[str], manifest: Manifest) -> dict[st
     if manifest.profile == "small" and len({id(reader) for reader, _ in places}) > 1:  # each shard has its own ranks
         parts = [gather([place], names, manifest) for place in places]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    stored = flat(places, chunks_of(places, names), manifest)
-    return from_profile(manifest, stored, places[0][0].once("id_of_rank") if manifest.profile == "small" else None)
+    return standard(places[0][0], flat(places, chunks_of(places, names), manifest), manifest)
+
+
+def standard(reader: ShardReader, stored: dict[str, Array], manifest: Manifest) -> dict[str, Array]:
+    """What the profile stores of sequences of one shard back to standard codes.
+
+    Raises:
+        DamagedError: the arrays contradict each other.
+    """
+    small = manifest.profile == "small"
+    return from_profile(manifest, stored, reader.once("id_of_rank", check_ranks) if small else None)
 
 
 def flat(places: list[Place], chunks: dict[str, list[Array]], manifest: Manifest) -> dict[str, Array]:
@@ -63,7 +72,7 @@ def flat(places: list[Place], chunks: dict[str, list[Array]], manifest: Manifest
     Raises:
         DamagedError: a sequence claims more than it has.
     """
-    lengths = [_lengths(place, {name: chunks[name][i] for name in chunks}) for i, place in enumerate(places)]
+    lengths = [lengths_of(place, {name: chunks[name][i] for name in chunks}) for i, place in enumerate(places)]
     runs = {array.name: array.run for array in places[0][0].arrays.values()}
     raw: dict[str, Array] = {}
     for name, parts in chunks.items():
@@ -79,8 +88,12 @@ def flat(places: list[Place], chunks: dict[str, list[Array]], manifest: Manifest
     return raw
 
 
-def _lengths(place: Place, chunks: dict[str, Array]) -> dict[str, int]:
-    """Elements of every ragged run of one sequence."""
+def lengths_of(place: Place, chunks: dict[str, Array]) -> dict[str, int]:
+    """Elements of every ragged run of one sequence, whose chunks these are.
+
+    Raises:
+        DamagedError: it claims more than it has.
+    """
     reader, sequence = place
     lengths = {"entry": int(chunks["n"].sum(dtype=np.int64))}
     if "n_head" in chunks:

@@ -49,6 +49,17 @@ def ids_by_use(manifest: Manifest, blocks: list[EncodedRows]) -> IntV:
     return np.argsort(-times_V, kind="stable").astype(np.uint32)
 
 
+def check_ranks(id_of_rank_V: IntV) -> None:
+    """Every id has one rank.
+
+    Raises:
+        DamagedError: one has none or two.
+    """
+    top = len(id_of_rank_V)
+    if id_of_rank_V.max() >= top or np.bincount(id_of_rank_V, minlength=top).max() > 1:
+        raise DamagedError(f"id_of_rank does not name each of the {top} ids once")
+
+
 def to_profile(manifest: Manifest, block: EncodedRows, id_of_rank_V: IntV | None) -> EncodedRows:
     """Standard codes to what the profile stores; `id_of_rank_V` is `small`'s."""
     if manifest.profile == "standard":

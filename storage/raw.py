@@ -11,10 +11,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from stillroom.storage.decode import decode_entries
 from stillroom.storage.encode import EncodedRows
 from stillroom.storage.errors import DamagedError
-from stillroom.storage.gather import gather
-from stillroom.storage.layout import id_high_bits
+from stillroom.storage.gather import chunks_of, flat, lengths_of, standard
+from stillroom.storage.layout import ArraySpec
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.readers import ShardReader
 
@@ -55,51 +56,28 @@ def read_block(reader: ShardReader, manifest: Manifest, start: int, stop: int) -
 
 
 def _sequence(reader: ShardReader, manifest: Manifest, sequence: int) -> tuple[dict[str, Array], dict[str, int]]:
-    if manifest.profile != "standard":
-        return _of_profile(reader, manifest, sequence)
-    arrays: dict[str, Array] = {"n": reader.chunk("n", sequence)}
-    seq_len = manifest.packing.seq_len
-    entries = int(arrays["n"].sum(dtype=np.int64))
-    sizes = {"token": seq_len + 1, "row": seq_len, "entry": entries, "head": entries}
-    if "n_head" in reader.arrays:
-        arrays["n_head"] = reader.chunk("n_head", sequence)
-        sizes["head"] = int(arrays["n_head"].sum(dtype=np.int64))
-    elif "count" in reader.arrays:
-        arrays["count"] = reader.chunk("count", sequence)
-        sizes["head"] = int(np.count_nonzero(arrays["count"]))
-    sizes["tail"] = entries - sizes["head"]
-    for run in ("entry", "head", "tail"):
-        if not 0 <= sizes[run] <= getattr(reader.record.widths, run):
-            raise DamagedError(f"sequence {sequence} claims {sizes[run]} {run} elements, more than it has")
-    for name, spec in reader.arrays.items():
-        if name in ("id_lo", "id_hi"):
-            continue
-        chunk = arrays[name] if name in arrays else reader.chunk(name, sequence)
-        if chunk[sizes[spec.run] :].any():
-            raise DamagedError(f"sequence {sequence} of {name} is not padded with zeros")
-        arrays[name] = chunk[: sizes[spec.run]]
-    arrays["id"] = _id_codes(reader, manifest, sequence, entries)
-    return arrays, sizes
-
-
-def _of_profile(reader: ShardReader, manifest: Manifest, sequence: int) -> tuple[dict[str, Array], dict[str, int]]:
-    codes = gather([(reader, sequence)], list(reader.arrays), manifest)
-    heads = next((codes[name] for name in ("count", "logp_head") if name in codes), codes["id"])
-    sizes = {"token": manifest.packing.seq_len + 1, "row": manifest.packing.seq_len, "entry": len(codes["id"])}
-    sizes |= {"head": len(heads), "tail": len(codes["id"]) - len(heads)}
+    place, seq_len = (reader, sequence), manifest.packing.seq_len
+    chunks = chunks_of([place], list(reader.arrays))
+    sizes = lengths_of(place, {name: parts[0] for name, parts in chunks.items()})
+    sizes = {"token": seq_len + 1, "row": seq_len, "head": sizes["entry"]} | sizes
+    sizes["tail"] = sizes["entry"] - sizes["head"]
+    for name, parts in chunks.items():
+        _check_padding(reader.arrays[name], parts[0], sizes, sequence)
+    stored = flat([place], chunks, manifest)
+    codes = standard(reader, stored, manifest)
+    if manifest.profile == "fast" and "weight" not in codes:
+        raw = {**codes, "id": codes["id"].copy()}
+        weights = decode_entries(manifest.sampler, manifest.vocab_size, raw, logp=False).weights
+        if not np.array_equal(weights.view(np.uint32), stored["weight"].view(np.uint32)):
+            raise DamagedError(f"sequence {sequence} of weight is not what its codes say")
     return {**codes, "id": codes["id"].view(np.uint32)}, sizes
 
 
-def _id_codes(reader: ShardReader, manifest: Manifest, sequence: int, entries: int) -> npt.NDArray[np.uint32]:
-    code_W = reader.chunk("id_lo", sequence).astype(np.uint32)
-    planes = id_high_bits(manifest.vocab_size)
-    if planes:
-        bits_PW = np.unpackbits(reader.chunk("id_hi", sequence), axis=1, bitorder="little")
-        for plane in range(planes):
-            code_W |= bits_PW[plane].astype(np.uint32) << np.uint32(16 + plane)
-    if code_W[entries:].any():
-        raise DamagedError(f"sequence {sequence} of id_lo or id_hi is not padded with zeros")
-    return code_W[:entries]
+def _check_padding(array: ArraySpec, chunk: Array, sizes: dict[str, int], sequence: int) -> None:
+    many = sizes[array.run]
+    rest = np.unpackbits(chunk, axis=1, bitorder="little")[:, many:] if array.planes else chunk[many:]
+    if rest.view(np.uint8).any():
+        raise DamagedError(f"sequence {sequence} of {array.name} is not padded with zeros")
 
 
 def decodable(block: EncodedRows) -> dict[str, Array]:

@@ -15,6 +15,7 @@ import mmap
 import os
 import stat
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, final
 
@@ -71,14 +72,16 @@ class ShardReader(ABC):
         """Shape of one sequence's chunk of `array`."""
         return array.chunk_shape(self._seq_len, self.record.widths)
 
-    def once(self, name: str) -> npt.NDArray[Any]:
-        """The array `name`, which has one chunk for the whole shard, read once.
+    def once(self, name: str, check: Callable[[npt.NDArray[Any]], None]) -> npt.NDArray[Any]:
+        """The array `name`, which has one chunk for the whole shard, read and checked once.
 
         Raises:
-            DamagedError: the bytes are not what they were.
+            DamagedError: the bytes are not what they were, or `check` raises it.
         """
         if name not in self._whole:
-            self._whole[name] = self.chunk(name, 0)
+            whole = self.chunk(name, 0)
+            check(whole)
+            self._whole[name] = whole
         return self._whole[name]
 
     @abstractmethod

@@ -17,6 +17,21 @@ from stillroom.storage.spec import SamplerSpec
 from stillroom.storage.targets import SparseTargets
 from stillroom.storage.writer import CacheWriter
 
+SPECS = {
+    "threshold": SamplerSpec(draws=20),
+    "head only": SamplerSpec(draws=20, keep_logp="head"),
+    "many draws": SamplerSpec(draws=300),
+    "one draw": SamplerSpec(draws=1),
+    "random": SamplerSpec(kind="random", draws=20, keep_logp="none"),
+    "random, log p": SamplerSpec(kind="random", draws=300, keep_logp="all"),
+    "random, head's log p": SamplerSpec(kind="random", draws=20, keep_logp="head"),
+    "importance": SamplerSpec(kind="random", draws=20, exponent=0.8),
+    "systematic": SamplerSpec(kind="systematic", draws=20),
+    "stratified": SamplerSpec(kind="stratified", draws=20, keep_logp="none"),
+    "top_k": SamplerSpec(kind="top_k", draws=20),
+    "top_p": SamplerSpec(kind="top_p", draws=20, top_p=0.7),
+}
+
 
 def manifest(
     spec: SamplerSpec, *, vocab_size=300, seq_len=16, sequences=6, sequences_per_shard=3, **changes

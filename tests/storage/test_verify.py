@@ -9,37 +9,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
-import numcodecs
 import numpy as np
 import pytest
+from storage_made import SPECS  # made.py, by way of conftest
 
 from stillroom.storage import strict
 from stillroom.storage.cache import open_cache
+from stillroom.storage.chunks import decode_chunk, encoder
 from stillroom.storage.errors import CacheError, FormatError, InputError, NotACacheError
 from stillroom.storage.index import write_index
 from stillroom.storage.inspect_files import file_hash
-from stillroom.storage.spec import SamplerSpec
+from stillroom.storage.layout import arrays_of
+from stillroom.storage.manifest import Manifest
 from stillroom.storage.verify import verify
 from stillroom.storage.writer import CacheWriter
 
-SPECS = {
-    "threshold": SamplerSpec(draws=20),
-    "head only": SamplerSpec(draws=20, keep_logp="head"),
-    "many draws": SamplerSpec(draws=300),
-    "one draw": SamplerSpec(draws=1),
-    "random": SamplerSpec(kind="random", draws=20, keep_logp="none"),
-    "random, log p": SamplerSpec(kind="random", draws=300, keep_logp="all"),
-    "random, head's log p": SamplerSpec(kind="random", draws=20, keep_logp="head"),
-    "importance": SamplerSpec(kind="random", draws=20, exponent=0.8),
-    "systematic": SamplerSpec(kind="systematic", draws=20),
-    "top_k": SamplerSpec(kind="top_k", draws=20),
-    "top_p": SamplerSpec(kind="top_p", draws=20, top_p=0.7),
-}
 SHARDS, PER_SHARD = 3, 3
 
 
-def plan(made, name: str):
-    return made.manifest(SPECS[name], vocab_size=70_000, sequences=SHARDS * PER_SHARD, sequences_per_shard=PER_SHARD)
+def plan(made, name: str, profile: str = "standard"):
+    return made.manifest(
+        SPECS[name], vocab_size=70_000, sequences=SHARDS * PER_SHARD, sequences_per_shard=PER_SHARD, profile=profile
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +38,8 @@ def caches(made, tmp_path_factory):
     root = tmp_path_factory.mktemp("caches")
     for name in ("threshold", "random", "top_k"):
         made.write(root / name, plan(made, name))
+    for profile in ("fast", "small"):
+        made.write(root / profile, plan(made, "threshold", profile))
     return root
 
 
@@ -75,16 +68,19 @@ def put_record(root: Path, index: int, **changes) -> None:
 
 def forge(root: Path, index: int, array: str, change: Callable[[list], list | None], *, hashes: bool = True) -> None:
     """Replace the chunks of one array; index, CRC and the record's size (and hash) are made to fit."""
-    folder, codec = folder_of(root, index), numcodecs.Zstd(level=1, checksum=True)
+    folder, (spec,) = folder_of(root, index), [a for a in arrays_of(Manifest.load(root)) if a.name == array]
     path = next((folder / array / "c").rglob("0/0/0"), None) or folder / array / "c/0/0"
     data = path.read_bytes()
-    table = np.frombuffer(data[-4 - 16 * PER_SHARD : -4], "<u8").reshape(-1, 2)
-    dtype = np.dtype(json.loads((folder / array / "zarr.json").read_text())["data_type"]).newbyteorder("<")
-    chunks = [np.frombuffer(codec.decode(data[int(o) : int(o + n)]), dtype).copy() for o, n in table]
+    table = np.frombuffer(data[-4 - 16 * spec.chunks(PER_SHARD) : -4], "<u8").reshape(-1, 2)
+    shape = json.loads((folder / array / "zarr.json").read_text())["shape"]
+    many = int(np.prod(shape[1:]))
+    chunks = [
+        decode_chunk(spec.codec, memoryview(data)[int(o) : int(o + n)], spec.dtype, many).copy() for o, n in table
+    ]
     before = [chunk.tobytes() for chunk in chunks]
     chunks = change(chunks) or chunks
     assert [chunk.tobytes() for chunk in chunks] != before, "the forgery changes nothing"
-    encoded = [bytes(codec.encode(chunk)) for chunk in chunks]
+    encoded = [encoder(spec.codec)(chunk) for chunk in chunks]
     ends = np.cumsum([len(x) for x in encoded])
     new = np.stack([ends - [len(x) for x in encoded], [len(x) for x in encoded]], 1).astype("<u8").tobytes()
     path.write_bytes(b"".join(encoded) + new + google_crc32c.value(new).to_bytes(4, "little"))
@@ -103,9 +99,10 @@ def files(root: Path, index: int) -> dict[str, bytes]:
     return inside | {"record": (root / f"commits/{index:06d}.json").read_bytes()}
 
 
+@pytest.mark.parametrize("profile", ["standard", "fast", "small"])
 @pytest.mark.parametrize("name", SPECS)
-def test_every_sampler_is_sound(made, tmp_path, name):
-    manifest = made.manifest(SPECS[name])
+def test_every_sampler_is_sound(made, tmp_path, name, profile):
+    manifest = made.manifest(SPECS[name], profile=profile)
     made.write(tmp_path, manifest)
     seen = []
     report = verify(tmp_path, hashes=True, on_progress=lambda done, total: seen.append((done, total)))
@@ -316,6 +313,18 @@ def set_to(value, place=3):
     return change
 
 
+def pad_with_seven(chunks):
+    next(chunk for chunk in chunks if chunk[-1] == 0)[-1] = 7  # the widest sequence has no padding
+
+
+def id_again(chunks):
+    chunks[1][1] = chunks[1][0]
+
+
+def rank_again(chunks):
+    chunks[0][0] = chunks[0][1]
+
+
 FORGED = {
     "token beyond the vocabulary": (
         "threshold",
@@ -352,7 +361,20 @@ FORGED = {
         "decode",
         "more than it has",
     ),
-    "padding": ("threshold", "id_lo", set_to(7, -1), "decode", "sequence . of id_lo or id_hi is not padded with zeros"),
+    "padding": ("threshold", "id_lo", pad_with_seven, "decode", "sequence . of id_lo is not padded with zeros"),
+    "fast: a weight of its own": ("fast", "weight", set_to(0.5, 0), "decode", "weight is not what its codes say"),
+    "fast: an id beyond": ("fast", "id", set_to(70_000, 0), "decode", "an id is not below"),
+    "fast: an id twice": ("fast", "id", id_again, "decode|rows", "twice|ascend"),
+    "fast: padding": ("fast", "id", pad_with_seven, "decode", "sequence . of id is not padded with zeros"),
+    "small: a rank beyond": ("small", "tail_rank", set_to(80_000, 0), "decode", "a rank is not below"),
+    "small: an id in two ranks": ("small", "id_of_rank", rank_again, "decode|rows", "rank"),
+    "small: padding": (
+        "small",
+        "head_rank",
+        pad_with_seven,
+        "decode",
+        "sequence . of head_rank is not padded with zeros",
+    ),
 }
 
 
@@ -360,9 +382,6 @@ FORGED = {
 def test_rows_that_no_sampler_makes(copy, name):
     cache, array, change, kind, words = FORGED[name]
     root = copy(cache)
-    if name == "padding":  # the widest sequence has none
-        shortest = min(range(3), key=lambda i: open_cache(root)[3 + i].targets.entries)
-        change = lambda chunks: chunks[shortest].__setitem__(-1, 7)  # noqa: E731
     forge(root, 1, array, change)
     report = verify(root, hashes=True)
     assert {finding.shard for finding in report.findings} == {1}
