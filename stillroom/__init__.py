@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stillroom.kernels.fused_linear import fused_linear_sparse_kd as fused_linear_sparse_kd
+    from stillroom.kernels.sparse_kd import sparse_kd_loss as sparse_kd_loss
     from stillroom.pipeline.config import CacheConfig as CacheConfig
     from stillroom.pipeline.run import build_cache as build_cache
     from stillroom.storage.cache import Cache as Cache
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from stillroom.train.config import TrainConfig as TrainConfig
     from stillroom.train.evaluate import evaluate as evaluate
     from stillroom.train.run import train_student as train_student
+    from stillroom.train.stream import Stream as Stream
 
 _HOMES = {
     "Cache": "stillroom.storage.cache",
@@ -29,10 +32,13 @@ _HOMES = {
     "SamplerSpec": "stillroom.storage.spec",
     "SparseTargets": "stillroom.storage.targets",
     "StillroomError": "stillroom.storage.errors",
+    "Stream": "stillroom.train.stream",
     "TrainConfig": "stillroom.train.config",
     "build_cache": "stillroom.pipeline.run",
     "evaluate": "stillroom.train.evaluate",
+    "fused_linear_sparse_kd": "stillroom.kernels.fused_linear",
     "open_cache": "stillroom.storage.cache",
+    "sparse_kd_loss": "stillroom.kernels.sparse_kd",
     "train_student": "stillroom.train.run",
 }
 __all__ = sorted(_HOMES)
