@@ -422,7 +422,8 @@ def test_split_gradcheck_and_certain_teacher() -> None:
             return sparse_kd_loss(z, targets, labels_N, missing=missing, temperature=1.5, alpha=0.2, split=split).loss
 
         assert torch.autograd.gradcheck(loss, logits_NV.double().requires_grad_())
-    certain = SparseTargets(torch.tensor([0, 1]), torch.tensor([2], dtype=torch.int32), torch.ones(1), torch.zeros(1), torch.zeros(1))  # fmt: skip
+    zero_N, id_E = torch.zeros(1), torch.tensor([2], dtype=torch.int32)
+    certain = SparseTargets(torch.tensor([0, 1]), id_E, torch.ones(1), zero_N, zero_N)
     ones = TargetSplit(torch.ones(1), torch.ones(1))
     out, got = run(logits_NV[:1], certain, torch.tensor([2]), split=ones)  # p_g = 1: there is no rest to distil
     assert float(out.kd_N) == pytest.approx(float(-logits_NV[0].double().log_softmax(0)[2]), rel=1e-5)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -73,13 +74,26 @@ def truth(logits_NV: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[floa
     return loss.detach(), gradient, kds, ces
 
 
+device = {"name": "cpu"}  # where `run` runs
+
+
+@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def on_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    device["name"] = request.param
+    yield
+    device["name"] = "cpu"
+
+
 def run(logits_NV: Tensor, *arguments: Any, upstream: float = 1.0, **options: Any) -> tuple[SparseKDOutput, Tensor]:
-    """Output and gradient of the loss behind one upstream operation."""
-    z = logits_NV.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    out = sparse_kd_loss(z * 1.0, *arguments, **options)
+    """Output and gradient of the loss behind one upstream operation, on the test's device and back."""
+    there = device["name"]
+    z = logits_NV.detach().clone(memory_format=torch.preserve_format).to(there).requires_grad_()
+    given = [x if x is None else x.to(there) for x in arguments]
+    options = {name: value.to(there) if isinstance(value, Tensor) else value for name, value in options.items()}
+    out = sparse_kd_loss(z * 1.0, *given, **options)
     (out.loss * upstream).backward()  # type: ignore[no-untyped-call]
     assert z.grad is not None
-    return out, z.grad
+    return SparseKDOutput(out.loss.cpu(), out.kd_N.cpu(), out.ce_N.cpu()), z.grad.cpu()
 
 
 def problem(
@@ -484,6 +498,7 @@ def test_one_buffer_of_the_logits_size(missing: str, dtype: torch.dtype, monkeyp
         ("targets", dict(targets=make_targets([1, 2], 93, torch.Generator()))),
         ("targets.ids", dict(targets=make_targets([1] * 9, 93, torch.Generator(), ids=torch.full((9,), 93)))),
         ("targets.ids", dict(targets=make_targets([1] * 9, 93, torch.Generator(), ids=torch.full((9,), -1)))),
+        ("targets.ids", dict(targets=make_targets([2] * 9, 93, torch.Generator(), ids=torch.tensor([7, 8] * 8 + [7, 7])))),
         ("row_weights_N", dict(row_weights_N=torch.ones(9, dtype=torch.int64))),
         ("row_weights_N", dict(row_weights_N=torch.ones(8))),
         ("row_weights_N", dict(row_weights_N=torch.ones(9, requires_grad=True))),
