@@ -5,6 +5,8 @@ Shapes: `I`, `J` rows and columns of the product, `K` the inner dimension.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from typing import Final
 
 import torch
@@ -22,11 +24,33 @@ def multiply_into(out_IJ: Tensor, a_IK: Tensor, b_KJ: Tensor, *, scale: float = 
     beta = 1.0 if add else 0.0  # with 0 what stands in `out` does not matter, NaN included
     if out_IJ.dtype == a_IK.dtype:
         torch.addmm(out_IJ, a_IK, b_KJ, beta=beta, alpha=scale, out=out_IJ)
-    elif out_IJ.is_cuda:
+    elif not out_IJ.is_cuda:
+        wide_KJ = b_KJ.to(out_IJ.dtype)
+        for part in _blocks(out_IJ.shape[0], a_IK.shape[1]):
+            out_IJ[part].addmm_(a_IK[part].to(out_IJ.dtype), wide_KJ, beta=beta, alpha=scale)
+    elif _adds_to_wide(out_IJ.device):
         torch.addmm(out_IJ, a_IK, b_KJ, out_dtype=out_IJ.dtype, beta=beta, alpha=scale, out=out_IJ)
     else:
-        wide_KJ = b_KJ.to(out_IJ.dtype)
-        step = max(1, BLOCK_ELEMENTS // max(1, a_IK.shape[1]))
-        for start in range(0, out_IJ.shape[0], step):
-            part = slice(start, start + step)
-            out_IJ[part].addmm_(a_IK[part].to(out_IJ.dtype), wide_KJ, beta=beta, alpha=scale)
+        for part in _blocks(out_IJ.shape[0], b_KJ.shape[1]):
+            product = torch.mm(a_IK[part], b_KJ, out_dtype=out_IJ.dtype)
+            out_IJ[part] = torch.add(out_IJ[part], product, alpha=scale) if add else product.mul_(scale)
+
+
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, BLOCK_ELEMENTS // max(1, width))
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
+
+
+@cache
+def _adds_to_wide(device: torch.device) -> bool:
+    """Whether this PyTorch adds a product of half-precision factors to a float32 matrix; 2.9 makes such products only."""
+    a = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        return False
+    return True

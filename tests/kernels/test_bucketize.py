@@ -169,6 +169,27 @@ def test_wide_rows_and_long_supports(device: str, impl: str) -> None:
     assert torch.allclose(gradient.double(), exact, rtol=1e-5, atol=1e-8)
 
 
+@backends
+@pytest.mark.parametrize("vocabulary", [32_000, 128_256, 151_936, 262_144])
+def test_error_budget_at_models_vocabularies(vocabulary: int, device: str, impl: str) -> None:
+    """bfloat16 logits: errors at most twice those of eager float32 on the same input, plus the gradient's one rounding."""
+    logits_NV, offsets, ids, labels_N = moved(device, *case(rows=3, vocabulary=vocabulary, kept=257))
+    z = logits_NV.bfloat16().requires_grad_()
+    exact_z, eager_z = (z.detach().to(dtype).requires_grad_() for dtype in (torch.float64, torch.float32))
+    arguments = (offsets, ids, labels_N, (1.0, 2.0))
+    found = []
+    for leaf, b in (
+        (exact_z, dense(exact_z, *arguments)),
+        (eager_z, dense(eager_z, *arguments)),
+        (z, bucketize(z, *arguments, impl)),
+    ):
+        found.append([b.tail_NT.detach().double(), torch.autograd.grad(total(b), leaf)[0].double()])
+    for name, exact, eager, ours in zip(("tail", "gradient"), *found):
+        mine, its = float((ours - exact).norm()), float((eager - exact).norm())
+        unit = (2**-8 if name == "gradient" else 2**-24) * float(exact.norm())
+        assert mine <= 2 * its + unit, f"{name}: ours {mine:.2e}, eager {its:.2e}, unit {unit:.2e}"
+
+
 def test_gradcheck() -> None:
     logits_NV, offsets, ids, labels_N = case(rows=4, vocabulary=7, kept=4)
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stillroom.kernels.fused_linear import fused_linear_sparse_kd
+from stillroom.kernels.fused_linear import fused_linear_sparse_kd, gemm
 from stillroom.kernels.sparse_kd import SparseKDOutput, TargetSplit, sparse_kd_loss
 from stillroom.kernels.targets import SparseTargets
 
@@ -225,6 +225,23 @@ def test_triton_loss_equals_reference(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adds", [True, False])
+def test_products_added_in_float32(adds: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the GEMM, and by the way around it that older versions of PyTorch need."""
+    if adds and not gemm._adds_to_wide(torch.device("cuda", 0)):
+        pytest.skip("this PyTorch cannot")
+    monkeypatch.setattr(gemm, "_adds_to_wide", lambda device: adds)
+    monkeypatch.setattr(gemm, "BLOCK_ELEMENTS", 5_000)
+    generator = torch.Generator("cuda").manual_seed(0)
+    a, b = (torch.randn(n, m, device="cuda", generator=generator).to(dtype) for n, m in ((301, 70), (70, 64)))
+    out = torch.full((301, 64), math.nan, device="cuda")
+    gemm.multiply_into(out, a, b, scale=0.5)
+    gemm.multiply_into(out, a, b, scale=2.0, add=True)
+    assert torch.allclose(out.double(), 2.5 * a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["mixed", "tail_bucket", "jsd", "softcap", "padded"])
 def test_triton_on_the_device_equals_reference(name: str, dtype: torch.dtype) -> None:
@@ -379,6 +396,38 @@ def test_each_weight_changes_the_gradient() -> None:
         made.append(grads(fused(leaves, c, alpha=alpha), leaves)[1])
     assert torch.allclose(made[1], (made[0] + made[2]) / 2, rtol=1e-10, atol=1e-14)
     assert worst(made[0], made[2]) > 0.01
+
+
+def test_no_default_mixes_in_another_loss() -> None:
+    """Nothing but the distillation term unless asked for: no half of cross-entropy, no temperature from elsewhere."""
+    c = case()
+    out = fused(c.leaves(), c, row_weights_N=c.row_weights_N)
+    assert float(out.loss.detach()) == pytest.approx(float((c.row_weights_N * out.kd_N).sum()), rel=1e-12)
+
+
+def test_small_gradients_of_the_tail_are_dropped() -> None:
+    """Each of 8000 tail ids is pushed down by less than 2.4e-4, the least that a filter of bfloat16 gradients lets pass."""
+    c = case(rows=8, vocabulary=8_000, width=4)
+    c = replace(c, hidden_ND=c.hidden_ND * 0.01, bias_V=c.bias_V * 0).to(torch.bfloat16)
+    exact_c = c.to(torch.float64)
+    leaves, exact_leaves = c.leaves(), exact_c.leaves()
+    made = grads(fused(leaves, c, alpha=1.0), leaves, 1.0)[2]
+    exact = grads(materialised(exact_leaves, exact_c, alpha=1.0), exact_leaves, 1.0)[2]
+    tail = exact > 0
+    assert float(exact[tail].max()) < 2.4e-4
+    assert float(made[tail].sum()) == pytest.approx(float(exact[tail].sum()), rel=2**-8)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_a_hundred_apart_make_nan(dtype: torch.dtype, divergence: str) -> None:
+    """Both probabilities of an id underflow: the logarithm of their mixture must not."""
+    c = case().to(dtype)
+    c = replace(c, weight_VD=c.weight_VD * 40)
+    leaves = c.leaves()
+    out = fused(leaves, c, divergence=divergence, missing="tail_bucket")
+    assert float(out.loss.detach()) > 0
+    assert all(bool(x.isfinite().all()) for x in (out.loss, *grads(out, leaves)))
 
 
 def test_normaliser_counts_rows_not_entries_nor_chunks() -> None:
