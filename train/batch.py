@@ -8,11 +8,14 @@ Shapes: `B` sequences, `L` positions.
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
 import sys
 from dataclasses import dataclass
 from multiprocessing import parent_process
-from multiprocessing.reduction import ForkingPickler
-from typing import Any, Final, cast
+from multiprocessing.reduction import DupFd, ForkingPickler
+from typing import Any, Final
 
 import torch
 
@@ -55,45 +58,52 @@ _TARGETS: Final = ("offsets", "ids", "weights", "label_logp", "entropy", "logp")
 Place = tuple[int, torch.dtype, tuple[int, ...]] | None  # first byte, dtype and shape of a tensor; None for no tensor
 
 
-def _reduce(batch: Batch) -> tuple[Any, tuple[torch.Tensor, list[Place]]]:
-    """What pickle is to send of `batch`: one shared tensor of bytes, and where in it each of its tensors lies."""
+def _reduce(batch: Batch) -> tuple[Any, tuple[Any, int, list[Place]]]:
+    """What pickle is to send of `batch`: a file without a name, and where in it each of its tensors lies.
+
+    The file is written, not mapped, so the kernel fills its pages in one go; its memory goes when the last process lets go.
+    """
     if parent_process() is not None:
         sys.setswitchinterval(_TURN_S)
-    tensors = [getattr(batch, name) for name in _BATCH]
+    tensors: list[torch.Tensor | None] = [getattr(batch, name) for name in _BATCH]
     if batch.targets is not None:
         tensors += [getattr(batch.targets, name) for name in _TARGETS]
     places: list[Place] = []
     end = 0
-    for tensor in tensors:
-        if tensor is None:
-            places.append(None)
-            continue
-        places.append((end, tensor.dtype, tuple(tensor.shape)))
-        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    whole = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(max(end, 1)))  # type: ignore[no-untyped-call]
-    for tensor, view in zip(tensors, _views(whole, places)):
-        if view is not None:
-            view.copy_(tensor)
-    return _rebuild, (whole, places)
+    file = os.memfd_create("stillroom-batch")
+    try:
+        for tensor in tensors:
+            if tensor is None:
+                places.append(None)
+                continue
+            places.append((end, tensor.dtype, tuple(tensor.shape)))
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+            written = 0
+            while written < len(data):  # one call writes 2 GiB at most
+                written += os.pwrite(file, data[written:], end + written)
+            end += -(-len(data) // _ALIGNMENT) * _ALIGNMENT
+        os.truncate(file, max(end, 1))
+        return _rebuild, (DupFd(file), max(end, 1), places)
+    finally:
+        os.close(file)
 
 
-def _rebuild(whole: torch.Tensor, places: list[Place]) -> Batch:
-    tokens_BL, labels_BL, mask_BL, *rest = cast(list[torch.Tensor], _views(whole, places))
-    return Batch(tokens_BL, labels_BL, mask_BL, SparseTargets(*rest) if rest else None)
-
-
-def _views(whole: torch.Tensor, places: list[Place]) -> list[torch.Tensor | None]:
-    views: list[torch.Tensor | None] = []
+def _rebuild(passed: Any, size: int, places: list[Place]) -> Batch:
+    file = passed.detach()
+    try:
+        whole = torch.frombuffer(mmap.mmap(file, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), dtype=torch.uint8)
+    finally:
+        os.close(file)
+    views: list[Any] = []
     for place in places:
         if place is None:
             views.append(None)
             continue
         start, dtype, shape = place
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        views.append(whole[start : start + size].view(dtype).view(shape))
-    return views
+        views.append(whole[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
+    tokens_BL, labels_BL, mask_BL, *rest = views
+    return Batch(tokens_BL, labels_BL, mask_BL, SparseTargets(*rest) if rest else None)
 
 
-ForkingPickler.register(Batch, _reduce)
+if hasattr(os, "memfd_create"):  # Linux; elsewhere each tensor travels alone
+    ForkingPickler.register(Batch, _reduce)
