@@ -227,7 +227,8 @@ def _check_settings(
     if targets is not None and DIVERGENCES[divergence].needs_logp and targets.logp is None:
         raise ValueError(
             f"`divergence` came as {divergence!r} with targets without `logp`, wanted the teacher's log-probability of every "
-            'entry: threshold, top_k and top_p caches with keep_logp="all" carry it, counts alone do not; take forward_kl'
+            'entry: caches made with keep_logp="all", the default of every sampler, carry it, counts alone do not; take '
+            "forward_kl, which needs none"
         )
     if split is not None and (divergence != "forward_kl" or missing == "renormalise_both" or targets is None):
         raise ValueError(

@@ -6,6 +6,8 @@ Shapes: `N` rows, `V` vocabulary, `K` entries of a row, `E` entries.
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -301,6 +303,22 @@ def test_reverse_kl_on_a_truncated_head_does_not_want_mass_outside() -> None:
     assert float(got.abs().max()) < 1e-6
 
 
+@backends
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_mean_is_over_rows_and_not_over_entries(name: str, device: str, impl: str) -> None:
+    """Entries of weight 0, as padding of a top-k record leaves them, change neither value nor gradient."""
+    logp_NV, logits_NV = teacher_and_student(3, 40)
+    few, labels_N = top_k(logp_NV, 6), torch.tensor([0, 3, 5])
+    many = top_k(logp_NV, 12)
+    many.weights.view(3, 12)[:, 6:] = 0.0
+    for missing in ("truncate", "renormalise_teacher"):
+        options: dict[str, Any] = dict(divergence=name, missing=missing, alpha=0.2, row_weights_N=None)
+        wanted, gradient = run(logits_NV, few, labels_N, device, impl, **options)
+        out, got = run(logits_NV, many, labels_N, device, impl, **options)
+        assert float(out.loss) == pytest.approx(float(wanted.loss), rel=1e-6)
+        assert torch.allclose(got, gradient, rtol=1e-5, atol=1e-8)
+
+
 # ---- temperature of the targets --------------------------------------------------------------------------------------
 
 
@@ -481,3 +499,16 @@ def test_targets_that_make_no_sense() -> None:
         given_targets = top_k(teacher_and_student(2, 9)[0], 3)
         fields = {field: getattr(given_targets, field) for field in given_targets.__dataclass_fields__}
         refused(name, SparseTargets(**{**fields, **change}))
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_names_everything_and_its_example_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    for name in (*DIVERGENCES, *MISSING_MASS):
+        assert f"`{name}`" in page, name
+    space: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], space)
+    assert math.isfinite(float(space["out"].loss.detach()))
+    assert space["logits_NV"].grad is not None

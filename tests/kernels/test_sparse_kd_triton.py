@@ -54,7 +54,7 @@ def problem(
     labels_N[2:3], weight_N[3:4] = -100, 0.0
     targets = SparseTargets(
         offsets, ids.int(), weight_E.float(), -torch.rand(rows, generator=generator) * 3, torch.zeros(rows),
-        weight_E.log().float(),
+        (weight_E.log() + 0.3 * torch.randn(len(ids), generator=generator)).float(),  # a weight need not be p
     )  # fmt: skip
     split = TargetSplit(
         torch.rand(rows, generator=generator).to(DEVICE), torch.rand(rows, generator=generator).to(DEVICE)
