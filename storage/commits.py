@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -89,7 +89,19 @@ class CommitRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON object, sealed with its own digest."""
-        return strict.sealed(asdict(self))
+        return strict.sealed(self.plain())
+
+    def plain(self) -> dict[str, Any]:
+        """The same without the seal: `asdict`, which copies deeply and takes ten times as long, by hand."""
+        data = {name: getattr(self, name) for name in _FIELDS}
+        data["widths"] = asdict(self.widths)
+        data["objects"] = tuple(
+            {"name": item.name, "size_bytes": item.size_bytes, "sha256": item.sha256} for item in self.objects
+        )
+        return data
+
+
+_FIELDS: Final = tuple(item.name for item in fields(CommitRecord))
 
 
 def record_name(index: int) -> str:
@@ -176,8 +188,8 @@ def parse_record(data: dict[str, Any], manifest: Manifest, index: int) -> Commit
 
 def _problem(record: CommitRecord, manifest: Manifest, index: int) -> str | None:
     match = _SHARD_PATH.fullmatch(record.path)
-    expected = {"zarr.json"}
-    for array in arrays_of(manifest):
+    expected, arrays = {"zarr.json"}, arrays_of(manifest)
+    for array in arrays:
         expected |= {f"{array.name}/zarr.json", array.object_name}
     limit = widest(manifest.sampler, manifest.packing.seq_len)
     widths = (record.widths.entry, record.widths.head, record.widths.tail)
@@ -196,8 +208,7 @@ def _problem(record: CommitRecord, manifest: Manifest, index: int) -> str | None
     if sorted(item.name for item in record.objects) != sorted(expected):
         return "does not list the objects of this format"
     unfolded = max(
-        math.prod(array.chunk_shape(manifest.packing.seq_len, record.widths)) * array.dtype.itemsize
-        for array in arrays_of(manifest)
+        math.prod(array.chunk_shape(manifest.packing.seq_len, record.widths)) * array.dtype.itemsize for array in arrays
     )
     if unfolded > max(FREE_CHUNK_BYTES, MAX_UNFOLDING * record.size_bytes):
         return f"lets a chunk of {unfolded:,} bytes unfold from a shard of {record.size_bytes:,}"

