@@ -348,14 +348,43 @@ def test_one_draw() -> None:
             assert kind.startswith("top") or weights == [1.0]
 
 
-def test_excluded_ids_are_never_drawn() -> None:
+def test_excluded_ids_are_never_drawn_torch_4858() -> None:
+    """torch.multinomial drew ids of probability zero, and ids outside the row."""
     logits_NV = _zipf(200, 300)
     logits_NV[:, ::3] = -math.inf
+    logits_NV[:, -1] = -math.inf  # a draw at the very end of the row
     for kind in KINDS:
         targets = _sample(logits_NV, kind, 300)
         assert bool((targets.ids % 3 != 0).all())
         assert targets.logp is not None
         assert bool(targets.logp.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["random", "systematic", "stratified"])
+def test_far_tail_is_drawn_vllm_43150_torch_2576(kind: str) -> None:
+    """Float32 uniforms end at 2**-24 and float32 sums give far ids no width: tails behind a gap of 20 nats were lost.
+
+    One id, and 262,143 of e**-20 each: 5.4e-4 of the mass, 141.5 of 262,144 draws; binomial, or less noisy than that.
+    """
+    rows, draws, vocabulary = 64, 4096, 1 << 18
+    logits_NV = torch.zeros(1, vocabulary)
+    logits_NV[0, 1000] = 20.0
+    targets = _sample(logits_NV.expand(rows, -1), kind, draws)
+    tail_E = targets.ids != 1000
+    p = (vocabulary - 1) * math.exp(-20) / (1 + (vocabulary - 1) * math.exp(-20))
+    hits = float((targets.weights[tail_E].double() * draws).sum())
+    assert abs(hits - rows * draws * p) < 4 * math.sqrt(rows * draws * p)
+    # ids are as uniform as hits: all different but for about hits**2 / 2 / vocabulary, 0.04 pairs
+    ids_E = targets.ids[tail_E].double()
+    assert len(ids_E.unique()) >= len(ids_E) - 2
+    # mean of uniforms over the row, standard error vocabulary / sqrt(12 * hits)
+    assert abs(float(ids_E.mean()) - vocabulary / 2) < 4 * vocabulary / math.sqrt(12 * len(ids_E))
+
+
+def test_top_p_does_not_saturate_vllm_47524() -> None:
+    """A cumulative sum in bfloat16 stops growing near 1; 0.9 of 4,000 equal ids is 3,600 of them."""
+    logits_NV = torch.zeros(2, 4000, dtype=torch.bfloat16)
+    assert _sample(logits_NV, "top_p", 4096, top_p=0.9).offsets.tolist() == [0, 3600, 7200]
 
 
 def test_label_logp_and_entropy() -> None:

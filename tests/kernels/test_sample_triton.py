@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from dataclasses import replace
 from typing import Any, Final
 
 import pytest
@@ -51,8 +52,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def own_sizes(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tuning table's."""
-    monkeypatch.setattr(launches.Sizes, "of", OWN_SIZES)
+    """The tuning table's; in the interpreter, whose time goes by calls, many blocks and draws at once."""
+
+    def sizes(vocabulary: int) -> launches.Sizes:
+        own = OWN_SIZES(vocabulary)
+        return own if torch.cuda.is_available() else replace(own, tile=max(1 << 16, own.block), draws=16)
+
+    monkeypatch.setattr(launches.Sizes, "of", sizes)
 
 
 def _zipf(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
@@ -209,11 +215,12 @@ def test_the_tuning_table_runs(kind: str, device: str) -> None:
 @pytest.mark.slow
 @on_devices
 @pytest.mark.usefixtures("own_sizes")
-@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("vocabulary", [32_000, 128_256, 151_936, 262_144])
-def test_large_vocabularies(vocabulary: int, kind: str, half: bool, device: str) -> None:
-    logits_NV = _zipf(3, vocabulary)
+@pytest.mark.parametrize(
+    ("vocabulary", "half"), [(32_000, False), (128_256, True), (151_936, False), (262_144, False), (262_144, True)]
+)
+def test_large_vocabularies(vocabulary: int, half: bool, kind: str, device: str) -> None:
+    logits_NV = _zipf(2, vocabulary)
     _compare(logits_NV.bfloat16() if half else logits_NV, kind, device, draws=50)
 
 
