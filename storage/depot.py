@@ -70,10 +70,10 @@ class Depot(Protocol):
         """After a put that raised: whether nothing is at `path`, and nothing can still come."""
 
     def age_s(self, path: str) -> float:
-        """Seconds since anything at or under `path` was last written; minus infinity where nothing is."""
+        """Seconds since the file `path`, or what is in the folder `path`, was last written; minus infinity if it is not there."""
 
     def discard(self, path: str) -> None:
-        """Delete what is at or under `path`. What can not be deleted now is left to a later collection."""
+        """Delete the folder or temporary file `path`. What can not be deleted now is left to a later collection."""
 
     def leavings(self) -> list[str]:
         """Temporary files that a killed writer may have left."""

@@ -341,6 +341,21 @@ def test_googles_client(made, proxy, s3, plan, reference, tmp_path):
     assert_whole(s3, "s3://shelf/google", tmp_path / "copy", reference)
 
 
+@pytest.mark.parametrize(
+    ("address", "config", "store", "prefix"),
+    [
+        ("s3://shelf", {}, 'S3Store(bucket="shelf")', ""),
+        ("s3a://shelf/a/", {}, 'S3Store(bucket="shelf")', "a/"),
+        ("az://shelf/a/b", {"account_name": "n", "account_key": "c2VjcmV0"},
+         'AzureStore(container_name="shelf", account_name="n")', "a/b/"),
+    ],
+)  # fmt: skip
+def test_addresses(address, config, store, prefix):
+    """What obstore is asked for; of Azure no more is tested than that."""
+    depot = Bucket(address, storage_options={"config": config})
+    assert (repr(depot._store), depot._prefix, depot.root) == (store, prefix, address.rstrip("/"))
+
+
 # Several writers, and killed ones.
 
 
