@@ -1,10 +1,13 @@
-"""The loss and the samplers on a CPU: `python -m benchmarks.kernels` writes docs/benchmarks/kernels.{json,md}, in two minutes.
+"""The loss and the samplers: `python -m benchmarks.kernels` writes docs/benchmarks/kernels.{json,md} on a CPU, in two minutes.
+
+On a CUDA device it measures the Triton kernels instead (`kernels_gpu`).
 
 Shapes: `N` rows, `V` vocabulary, `K` entries of a row.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import time
@@ -15,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from benchmarks import report
+from benchmarks import kernels_gpu, report
 from stillroom.kernels.sample import sample
 from stillroom.kernels.sparse_kd import sparse_kd_loss
 from stillroom.kernels.targets import SparseTargets
@@ -147,15 +150,16 @@ def page(figures: dict[str, Any]) -> str:
         key: times["sparse_kd_loss"] / times[CROSS_ENTROPY] for key, times in loss["ms"].items() if "float32" in key
     }
     verdict = "\n".join(
-        f"- {key}: {ratio:.2f} of `F.cross_entropy`, {'within' if ratio <= 0.7 else '**over**'} the 0.7 asked for"
+        f"- {key}: {ratio:.2f} of `F.cross_entropy`, {'within' if ratio <= 0.6 else '**over**'} the 0.6 asked for"
         for key, ratio in ratios.items()
     )
     kept = ", ".join(f"{entries} (V = {int(v):,})" for v, entries in sampler["entries_per_row"].items())
     per_logit = statistics.median(times["threshold"] * 1e3 / int(v) for v, times in per_row.items())
     return f"""
-Measured on a CPU: no CUDA GPU was at hand for this page, and the Triton kernels do not exist yet. What runs is
-`reference.py` of both families, plain PyTorch. The machine was shared (load average
-{figures["load_average"]} on {figures["cores"]} cores before the run): read the ratios, not the times.
+Measured on a CPU: no CUDA GPU was at hand for this page. What runs is `reference.py` of each family, plain PyTorch, which is
+the CPU path. The Triton kernels are held equal to it in Triton's interpreter and compiled for a GPU without one, but their
+speed has not been measured: where there is a CUDA device the same command measures it and writes a page of its own.
+Load average {figures["load_average"]} on {figures["cores"]} cores before the run.
 Medians of {figures["repeats"]} runs, variants in turn.
 
 ## Loss
@@ -182,15 +186,26 @@ Zipf-Mandelbrot; `threshold` keeps this many entries of a row: {kept}.
 
 `threshold` takes about {per_logit:.1f} ns per logit. Part of that is the price of whole numbers and of an exponential spelled out
 in single-precision additions and multiplications, so that a row's draws are the same bits in any batch, on any number
-of threads and later on a GPU; `torch.multinomial` promises none of this and returns ids only.
+of threads and on a GPU; `torch.multinomial` promises none of this and returns ids only.
 """
 
 
 def main() -> None:
-    threads = torch.get_num_threads()
-    figures = measure(threads, repeats=7)
-    title = "Kernels on a CPU: loss and samplers"
-    report.save("kernels", title, "python -m benchmarks.kernels", figures, page(figures))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="go through the GPU benchmark at toy sizes; write nothing")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.tiny:
+        print(kernels_gpu.page(kernels_gpu.measure(kernels_gpu.TINY, device)))
+    elif device.type == "cuda":
+        figures = kernels_gpu.measure(kernels_gpu.Sizes(), device)
+        name = torch.cuda.get_device_name().split()[-1].lower()
+        title = "Kernels on a GPU: loss, fused head, samplers"
+        report.save(f"kernels-{name}", title, "python -m benchmarks.kernels", figures, kernels_gpu.page(figures))
+    else:
+        figures = measure(torch.get_num_threads(), repeats=7)
+        title = "Kernels on a CPU: loss and samplers"
+        report.save("kernels", title, "python -m benchmarks.kernels", figures, page(figures))
 
 
 if __name__ == "__main__":
