@@ -288,7 +288,8 @@ def page(figures: dict[str, Any]) -> str:
     return f"""
 {figures["rows"]:,} rows, V = {figures["vocabulary"]:,}, bf16 logits, {figures["entries_per_row"]} entries per row,
 alpha = {ALPHA}; medians of CUDA events, variants in turn. Ceilings measured in this run: copy
-{figures["copy_bytes_per_s"] / 1e12:.2f} TB/s (reads and writes), bf16 product {figures["product_flops_per_s"] / 1e12:.0f} TFLOP/s.
+{figures["copy_bytes_per_s"] / 1e12:.2f} TB/s (reads and writes), bf16 product
+{figures["product_flops_per_s"] / 1e12:.0f} TFLOP/s.
 {"" if figures["liger"] else "Liger-Kernel was not installed."}
 
 {report.table(["", "measured", "at most", ""], judged)}
