@@ -32,7 +32,8 @@ LAUNCHES: Final[tuple[Launch, ...]] = (
     Launch("sparse_kd.rows", 1 << 10, 1024, 4, _DERIVED + "the row in one tile of 8 elements per thread"),
     Launch("sparse_kd.rows", 1 << 12, 4096, 8, _DERIVED + "the row in one tile of 16 elements per thread"),
     Launch("sparse_kd.rows", WIDEST, 8192, 16,
-           _DERIVED + "16 elements per thread leave registers for two softmaxes and two programs on a multiprocessor"),
+           _DERIVED + "16 elements per thread; compiled for sm_90 that is 40 registers (64 with marks and a second softmax), "
+           "16-byte accesses and so two or three rows on a multiprocessor; 16384 with 32 warps is the other candidate"),
     Launch("sparse_kd.scale", WIDEST, 8192, 16, _DERIVED + "as sparse_kd.rows; one read, one write"),
     Launch("sparse_kd.mark", WIDEST, 64, 1, _DERIVED + "a few entries per row; the time is the launch"),
     Launch("sample.tile", WIDEST, 4096, 8, _DERIVED + "16 ids per thread: their int64 weights still fit in registers"),
