@@ -161,8 +161,8 @@ def test_equals_the_loss_of_materialised_logits(name: str, how: dict[str, Any], 
 def test_error_budget(name: str, dtype: torch.dtype, device: str) -> None:
     """Error against float64 at most twice that of the same dtype on materialised logits, plus the last rounding."""
     c, options = chosen(name, case(rows=96, width=32).to(dtype, device))
-    exact_c = c.to(torch.float64)
-    exact_leaves = exact_c.to(torch.float64, device).leaves()
+    exact_c = c.to(torch.float64, device)
+    exact_leaves = exact_c.leaves()
     exact_out = materialised(exact_leaves, exact_c, **options)
     exact = [exact_out.loss.detach(), *grads(exact_out, exact_leaves)]
     found = []
