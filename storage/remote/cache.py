@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import weakref
 from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -15,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from stillroom.storage.cache import Cache, SequenceBatch
-from stillroom.storage.commits import COMMITS, CommitRecord, find_record, load_record, shards_named
+from stillroom.storage.commits import COMMITS, CommitRecord, load_record, shards_named
 from stillroom.storage.errors import CacheError, DamagedError, FormatError, InputError, NotACacheError
 from stillroom.storage.gather import COLUMNS, Column
 from stillroom.storage.index import INDEX_NAME, Index
 from stillroom.storage.manifest import MANIFEST_NAME, Manifest
 from stillroom.storage.readers import READERS, ReaderName, ShardReader
+from stillroom.storage.remote.beside import fetch_index, fetch_tokenizer, first_record, probe_records
 from stillroom.storage.remote.fetch import download, intact
 from stillroom.storage.remote.local import Lease, LocalShards
 from stillroom.storage.remote.place import Place
@@ -32,9 +30,6 @@ from stillroom.storage.targets import SparseTargets
 DEFAULT_CACHE_BYTES: Final = 64 << 30
 DEFAULT_WINDOW: Final = 8
 _MOST_OPEN: Final = 24
-_TOKENIZER: Final = "tokenizer"
-_TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @final
@@ -237,14 +232,14 @@ def open_remote(
         raise NotACacheError(f"{place.name} holds no {MANIFEST_NAME}: name the folder of a cache") from None
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     local = LocalShards(folder, manifest.identity[:32], cap_bytes=cache_bytes)
-    index = _fetch_index(place, manifest, local.root)
+    index = fetch_index(place, manifest, local.root)
     records: dict[int, CommitRecord] = {}
     if index is not None and len(index.shards) == manifest.shards:
         shards = list(range(manifest.shards))
     elif place.lists:
         shards = sorted(shard for shard in shards_named(place.list(COMMITS)) if shard < manifest.shards)
     else:
-        records = _probe_records(place, manifest)
+        records = probe_records(place, manifest)
         shards = sorted(records)
     if len(shards) < manifest.shards and not partial:
         raise CacheError(
@@ -252,13 +247,13 @@ def open_remote(
             "or open it with partial=True"
         )
     if shards:
-        first = records.get(shards[0]) or _first_record(place, manifest, index, shards[0])
+        first = records.get(shards[0]) or first_record(place, manifest, index, shards[0])
         if first.size_bytes > cache_bytes:
             raise InputError(
                 f"cache_bytes is {cache_bytes:,}, but shard {first.shard} of {place.name} alone holds {first.size_bytes:,} "
                 "bytes: raise cache_bytes to several times that"
             )
-    _fetch_tokenizer(place, local.root)
+    fetch_tokenizer(place, local.root)
     cache = RemoteCache(place, manifest, shards, reader, columns, local=local, index=index)
     cache._records.update(records)
     return cache
@@ -268,53 +263,3 @@ def default_cache_dir() -> Path:
     """`stillroom/` beside the hub library's own cache, which `HF_HOME` and `XDG_CACHE_HOME` move."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("HF_HOME") or Path(base) / "huggingface") / "stillroom"
-
-
-def _first_record(place: Place, manifest: Manifest, index: Index | None, shard: int) -> CommitRecord:
-    try:
-        if index is not None:
-            return index.record(shard)
-    except (KeyError, DamagedError):
-        pass
-    return load_record(place, manifest, shard)
-
-
-def _probe_records(place: Place, manifest: Manifest) -> dict[int, CommitRecord]:
-    """All records there are, one request each, from a server that lists nothing."""
-
-    with ThreadPoolExecutor(16, thread_name_prefix="stillroom-records") as pool:
-        found = pool.map(lambda shard: find_record(place, manifest, shard), range(manifest.shards))
-        return {record.shard: record for record in found if record is not None}
-
-
-def _fetch_index(place: Place, manifest: Manifest, root: Path) -> Index | None:
-    """The store's index, kept in the local directory for worker processes; None if it has none that can be used."""
-    try:
-        index = Index(pa.py_buffer(data := place.read(INDEX_NAME)), manifest)
-    except (FileNotFoundError, FormatError):
-        return None
-    temporary = root / f".{INDEX_NAME}-{os.getpid()}.tmp"
-    temporary.write_bytes(data)
-    temporary.replace(root / INDEX_NAME)
-    return index
-
-
-def _fetch_tokenizer(place: Place, root: Path) -> None:
-    if (root / _TOKENIZER).is_dir():
-        return
-    names = place.list(_TOKENIZER) if place.lists else _TOKENIZER_FILES
-    part = root / f".{_TOKENIZER}-{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    for name in filter(_PLAIN_NAME.fullmatch, names):
-        try:
-            (part / name).write_bytes(place.read(f"{_TOKENIZER}/{name}"))
-        except FileNotFoundError:
-            continue
-    try:
-        if any(part.iterdir()):
-            part.rename(root / _TOKENIZER)
-    except OSError:  # another process was first
-        pass
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
