@@ -24,20 +24,30 @@ _KEY_ELEMENTS = 1 << 25  # keys kept at a time by `largest`, 256 MiB
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes of tiles, none of which changes a result: ids of a block, of a block of keys, elements and draws in work."""
+    """Sizes of what is in work at a time; none of them changes a result.
+
+    Attributes:
+        block: ids of a block of the cumulative sums.
+        key_block: ids of a block of keys.
+        tile: ids that `maxima`, `sums` and the key kernels take at a time.
+        draws: draws of a program of `locate`.
+        warps: of the programs of these kernels, of `heads`, of `locate`, and of the key kernels.
+    """
 
     block: int
     key_block: int
     tile: int
     draws: int
-    warps: int
+    warps: tuple[int, int, int, int] = (4, 4, 4, 4)
 
     @classmethod
     def of(cls, vocabulary: int) -> Sizes:
         """The tuning table's."""
-        tile, block = launch("sample.tile", vocabulary), launch("sample.block", vocabulary)
-        locate, key_block = launch("sample.locate", vocabulary), launch("sample.key_block", vocabulary)
-        return cls(block.block, key_block.block, tile.block, max(1, locate.block // block.block), tile.num_warps)
+        tile, block, locate, key_block = (
+            launch(f"sample.{name}", vocabulary) for name in ("tile", "block", "locate", "key_block")
+        )
+        warps = (tile.num_warps, block.num_warps, locate.num_warps, key_block.num_warps)
+        return cls(block.block, key_block.block, tile.block, max(1, locate.block // block.block), warps)
 
 
 class TritonShare:
@@ -47,7 +57,9 @@ class TritonShare:
         self.logits_NV, self.start = logits_NV, start
         self._sizes = Sizes.of(logits_NV.shape[1])
         self._blocks = triton.cdiv(logits_NV.shape[1], self._sizes.block)
-        self._options: dict[str, Any] = dict(num_warps=self._sizes.warps, enable_fp_fusion=False)
+        self._rows, self._hits, self._draws, self._keys = (
+            dict(num_warps=warps, enable_fp_fusion=False) for warps in self._sizes.warps
+        )
 
     def maxima(self) -> Tensor:
         """See `Share`."""
@@ -55,7 +67,7 @@ class TritonShare:
         top_N = self._new(torch.float32, rows)
         with _on(top_N):
             device.maxima[(rows,)](
-                self.logits_NV, *self.logits_NV.stride(), top_N, vocabulary, TILE=self._sizes.tile, **self._options
+                self.logits_NV, *self.logits_NV.stride(), top_N, vocabulary, TILE=self._sizes.tile, **self._rows
             )
         return top_N
 
@@ -68,7 +80,7 @@ class TritonShare:
         with _on(top_N):
             device.sums[(rows,)](
                 *self._weight, self._sums_NB, mass_N, moment_N, vocabulary, self._blocks,
-                BLOCK=self._sizes.block, WIDE=max(1, self._sizes.tile // self._sizes.block), **self._options,
+                BLOCK=self._sizes.block, WIDE=max(1, self._sizes.tile // self._sizes.block), **self._rows,
             )  # fmt: skip
         return mass_N, moment_N
 
@@ -80,7 +92,7 @@ class TritonShare:
         with _on(ids_NM):
             device.heads[(rows,)](
                 *self._weight, self._sums_NB, least_N, ids_NM, count_N, mass_N, self.start, vocabulary, self._blocks, most,
-                PADDED=triton.next_power_of_2(self._blocks), BLOCK=self._sizes.block, **self._options,
+                PADDED=triton.next_power_of_2(self._blocks), BLOCK=self._sizes.block, **self._hits,
             )  # fmt: skip
         return ids_NM, count_N, mass_N
 
@@ -95,7 +107,7 @@ class TritonShare:
                 request.sequence_N.contiguous(), request.row_N.contiguous(), request.seed & WORD, request.seed >> 32,
                 ids_NM, self.start, vocabulary, self._blocks, most,
                 STREAM=STREAM_DRAWS, OWN=request.words > 1, SPREAD=points.spread, PUNCH=points.least_N is not None,
-                PADDED=triton.next_power_of_2(self._blocks), BLOCK=self._sizes.block, DRAWS=draws, **self._options,
+                PADDED=triton.next_power_of_2(self._blocks), BLOCK=self._sizes.block, DRAWS=draws, **self._draws,
             )  # fmt: skip
         return ids_NM
 
@@ -116,12 +128,12 @@ class TritonShare:
             keys_GK = self._new(torch.int64, here, many * block)
             with _on(keys_NM):
                 device.block_keys[(here,)](
-                    *weight, best_GB, self.start, vocabulary, blocks, BLOCK=block, WIDE=wide, **self._options
+                    *weight, best_GB, self.start, vocabulary, blocks, BLOCK=block, WIDE=wide, **self._keys
                 )
                 # the `most` largest keys lie in the `most` blocks with the largest maxima, for no two keys are equal
                 chosen_GM = best_GB.topk(many, dim=1).indices
                 device.window_keys[(here, triton.cdiv(many, wide))](
-                    *weight, chosen_GM, keys_GK, self.start, vocabulary, many, BLOCK=block, WIDE=wide, **self._options
+                    *weight, chosen_GM, keys_GK, self.start, vocabulary, many, BLOCK=block, WIDE=wide, **self._keys
                 )
             keys_NM[rows_G, :kept] = keys_GK.topk(kept, dim=1).values
         return keys_NM

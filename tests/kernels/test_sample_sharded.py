@@ -152,7 +152,7 @@ def test_triton_slices_change_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("triton")
     from stillroom.kernels.sample import triton as launches
 
-    sizes = launches.Sizes(block=32, key_block=16, tile=256, draws=16, warps=4)
+    sizes = launches.Sizes(block=32, key_block=16, tile=256, draws=16)
     monkeypatch.setattr(launches.Sizes, "of", lambda _: sizes)
     lock = threading.Lock()
 

@@ -39,7 +39,7 @@ DEVICES: Final = (
     pytest.param("cuda", marks=pytest.mark.gpu),
 )
 on_devices = pytest.mark.parametrize("device", DEVICES)
-SMALL: Final = launches.Sizes(block=64, key_block=16, tile=512, draws=32, warps=4)
+SMALL: Final = launches.Sizes(block=64, key_block=16, tile=512, draws=32)
 OWN_SIZES: Final = launches.Sizes.of
 M: Final = 0xFFFFFFFF
 
@@ -201,7 +201,7 @@ def test_batch_split_order_and_strides_change_no_bit(kind: str, device: str) -> 
 def test_sizes_of_tiles_change_no_bit(kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     logits_NV = _zipf(2, 517)
     for sizes in ((16, 2, 64, 4), (1024, 512, 2048, 16), (32, 128, 32, 64)):
-        monkeypatch.setattr(launches.Sizes, "of", lambda _, sizes=sizes: launches.Sizes(*sizes, warps=4))
+        monkeypatch.setattr(launches.Sizes, "of", lambda _, sizes=sizes: launches.Sizes(*sizes))
         _compare(logits_NV, kind, device)
 
 
