@@ -21,7 +21,6 @@ from typing import Any, Final, Literal, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from stillroom.storage import strict
 from stillroom.storage.chunks import decode_chunk
@@ -205,6 +204,8 @@ class ZarrReader(ShardReader):
                     record.shard, f"the zarr.json of array {name} has another {sorted(foreign)[0]} than its record"
                 )
             self._starts[name] = index_S2[:, 0].tolist()
+        import zarr  # a quarter of a second, which the hot path need not spend
+
         try:
             group = zarr.open_group(self._group, mode="r")
             for name in self.arrays:
