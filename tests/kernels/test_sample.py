@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
@@ -447,3 +449,16 @@ def test_errors_name_the_argument(name: str, changes: dict[str, Any]) -> None:
     sample(**arguments)
     with pytest.raises(ValueError, match=f"`{name}`"):
         sample(**{**arguments, **changes})
+
+
+def test_the_cpu_path_does_not_import_triton() -> None:
+    program = (
+        "import sys, torch\n"
+        "from stillroom.kernels.sample import sample\n"
+        "n = torch.arange(2)\n"
+        "sample(torch.zeros(2, 9), n, kind='threshold', draws=3, seed=0, sequence_N=n, row_N=n)\n"
+        "assert 'stillroom.kernels.sample.triton' not in sys.modules\n"
+        "assert 'triton' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
