@@ -26,7 +26,7 @@ from stillroom.kernels.targets import SparseTargets
 ROWS, VOCABULARY, KEPT, ALPHA = 512, 32_000, 50, 0.3
 DRAWS = 50
 SAMPLER_SHAPES = ((4_096, 2_048), (32_000, 256), (128_256, 64))  # (V, N): 8 M logits each
-SAMPLER_KINDS = ("threshold", "systematic", "random", "top_k")
+SAMPLER_KINDS = ("threshold", "systematic", "stratified", "random", "top_k")
 CROSS_ENTROPY = "F.cross_entropy"
 MULTINOMIAL = "softmax + torch.multinomial"
 
