@@ -20,7 +20,8 @@ from benchmarks import report
 from stillroom.demo import SEQ_LEN, model_config, standard_library_text, teacher_config, training
 from stillroom.pipeline.config import CacheConfig, CorpusConfig, TeacherConfig
 from stillroom.pipeline.packing import pack
-from stillroom.pipeline.run import build_cache, sample_sequences
+from stillroom.pipeline.run import build_cache
+from stillroom.pipeline.stages import sample_sequences
 from stillroom.pipeline.teacher import Teacher, load_tokenizer
 from stillroom.storage.cache import open_cache
 from stillroom.storage.spec import SamplerSpec
