@@ -9,7 +9,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from numcodecs import Zstd
+from numcodecs import zstd
 
 from stillroom.storage.errors import InputError
 from stillroom.storage.layout import PCODEC, ZSTD_LEVEL, Codec
@@ -25,8 +25,7 @@ def encoder(codec: Codec) -> Callable[[npt.NDArray[Any]], bytes]:
         InputError: the package that it needs is missing.
     """
     if codec == "zstd":
-        zstd = Zstd(level=ZSTD_LEVEL, checksum=True)
-        return lambda chunk: bytes(zstd.encode(chunk))
+        return lambda chunk: bytes(zstd.compress(chunk, ZSTD_LEVEL, checksum=True))
     if codec == "crc32c":
         return lambda chunk: _with_crc(chunk.tobytes())
     pcodec = _pcodec()

@@ -1,7 +1,9 @@
 """Targets to codes: the flat arrays of a run of sequences, not yet padded or compressed.
 
-Shapes: `R` rows (S * L), `S` sequences, `L` rows of a sequence, `E` entries, `H` head entries, `T` tail entries.
+This is the definition; rows as our samplers give them are encoded by the compiled loops of `pack`, to the same bits.
 What the arrays mean is in `layout`; what the codes mean, and why no weight can be negative, is in `codes`.
+
+Shapes: `R` rows (S * L), `S` sequences, `L` rows of a sequence, `E` entries, `H` head entries, `T` tail entries.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ from stillroom.storage.codes import (
 )
 from stillroom.storage.layout import TOP_KINDS
 from stillroom.storage.manifest import Manifest
+from stillroom.storage.pack import pack
 from stillroom.storage.spec import COUNT_KINDS, SamplerSpec
 from stillroom.storage.targets import SparseTargets
 
 Array = npt.NDArray[Any]
+FloatR3 = npt.NDArray[np.float64]
+IntR = npt.NDArray[np.int64]
+_Packed = tuple[dict[str, Array], IntR]
 _TWICE: Final = "an id came twice in one row, wanted unique ids: merge them first"
 SUM_TOLERANCE: Final = 1e-3  # float32 weights of a row against 1
 
@@ -49,7 +55,7 @@ class _Rows:
     id_E: npt.NDArray[np.int32]
     weight_E: npt.NDArray[np.floating]
     logp_E: npt.NDArray[np.float32] | None
-    rounding_R3: npt.NDArray[np.float64]
+    rounding_R3: FloatR3
 
     @property
     def n_R(self) -> npt.NDArray[np.int64]:
@@ -66,16 +72,16 @@ class _Rows:
             )
         return self.logp_E
 
+    def p(self) -> npt.NDArray[np.float64]:
+        return np.exp(self.logp().astype(np.float64))
+
     def take(self, order_E: npt.NDArray[np.int64]) -> _Rows:
         logp_E = None if self.logp_E is None else self.logp_E[order_E]
-        return _Rows(
-            self.spec, self.offsets, self.row_E, self.id_E[order_E], self.weight_E[order_E], logp_E, self.rounding_R3
-        )
+        taken = self.id_E[order_E], self.weight_E[order_E], logp_E
+        return _Rows(self.spec, self.offsets, self.row_E, *taken, self.rounding_R3)
 
 
-def encode_rows(
-    manifest: Manifest, tokens_SL1: Array, targets: SparseTargets, rounding_R3: npt.NDArray[np.float64]
-) -> EncodedRows:
+def encode_rows(manifest: Manifest, tokens_SL1: Array, targets: SparseTargets, rounding_R3: FloatR3) -> EncodedRows:
     """Encode the rows of `S` sequences.
 
     Args:
@@ -87,41 +93,11 @@ def encode_rows(
     Raises:
         ValueError: the targets are not what the sampler of the manifest makes.
     """
-    spec, seq_len = manifest.sampler, manifest.packing.seq_len
-    n_R = np.diff(targets.offsets)
-    most = spec.draws + 1 if spec.kind == "threshold" else spec.draws
-    if n_R.size and n_R.max() > most:
-        raise ValueError(f"a row came with {n_R.max()} entries, wanted at most {most} of {spec.kind}: check `draws`")
-    if targets.entries and not (targets.ids.min() >= 0 and targets.ids.max() < manifest.vocab_size):
-        raise ValueError(
-            f"target ids came from {targets.ids.min()} to {targets.ids.max()}, "
-            f"wanted 0 to {manifest.vocab_size - 1}: check `vocab_size`"
-        )
-    if not np.all(np.isfinite(targets.weights)) or np.any(targets.weights < 0):
-        raise ValueError("weights came negative or not finite, wanted probabilities: check the teacher's logits")
-    rows = _Rows(
-        spec,
-        targets.offsets,
-        np.repeat(np.arange(targets.rows, dtype=np.int32), n_R),
-        targets.ids,
-        targets.weights if spec.kind in COUNT_KINDS else targets.weights.astype(np.float64),
-        targets.logp,
-        rounding_R3,
-    )
-    if spec.kind == "threshold":
-        arrays, head_R, rows = _threshold(rows)
-    elif spec.kind in COUNT_KINDS and spec.exponent == 1.0:
-        arrays, head_R, rows = _counts(rows)
-    elif spec.kind in TOP_KINDS:
-        arrays, head_R, rows = _top(rows)
-    else:
-        arrays, head_R = {"weight": rows.weight_E.astype(np.float32)}, n_R
-        if spec.keep_logp != "none":
-            arrays["logp"] = _logp_codes(rows, np.exp(rows.logp().astype(np.float64)))
+    seq_len, n_R = manifest.packing.seq_len, np.diff(targets.offsets)
+    arrays, head_R = _packed(manifest, targets, rounding_R3) or _by_numpy(manifest, targets, rounding_R3)
     arrays |= {
         "tokens": tokens_SL1.ravel(),
         "n": n_R,
-        "id": _id_codes(rows, head_R),
         "label_logp": encode_label_logp(targets.label_logp),
         "entropy": encode_entropy(targets.entropy),
     }
@@ -135,16 +111,52 @@ def encode_rows(
     return EncodedRows(arrays, lengths)
 
 
-def _id_codes(rows: _Rows, head_R: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
-    code_E = id_codes(rows.id_E, rows.offsets, head_R)
+def _packed(manifest: Manifest, targets: SparseTargets, rounding_R3: FloatR3) -> _Packed | None:
+    """As `_by_numpy`, compiled, of rows that are in order; None: of any others."""
+    packed = pack(manifest, targets, rounding_R3)
+    if packed is not None and "count" in packed[0] and manifest.sampler.keep_logp != "none":
+        rows = _rows_of(manifest.sampler, targets, rounding_R3)
+        packed[0]["logp"] = _logp_codes(rows, rows.p())
+    return packed
+
+
+def _by_numpy(manifest: Manifest, targets: SparseTargets, rounding_R3: FloatR3) -> _Packed:
+    """Arrays of the entries, and how many head entries each row has."""
+    spec, n_R = manifest.sampler, np.diff(targets.offsets)
+    most = spec.draws + 1 if spec.kind == "threshold" else spec.draws
+    if n_R.size and n_R.max() > most:
+        raise ValueError(f"a row came with {n_R.max()} entries, wanted at most {most} of {spec.kind}: check `draws`")
+    if targets.entries and not (targets.ids.min() >= 0 and targets.ids.max() < manifest.vocab_size):
+        raise ValueError(
+            f"target ids came from {targets.ids.min()} to {targets.ids.max()}, "
+            f"wanted 0 to {manifest.vocab_size - 1}: check `vocab_size`"
+        )
+    if not np.all(np.isfinite(targets.weights)) or np.any(targets.weights < 0):
+        raise ValueError("weights came negative or not finite, wanted probabilities: check the teacher's logits")
+    rows = _rows_of(spec, targets, rounding_R3)
+    if spec.kind == "threshold":
+        arrays, head_R, rows = _threshold(rows)
+    elif spec.kind in COUNT_KINDS and spec.exponent == 1.0:
+        arrays, head_R, rows = _counts(rows)
+    elif spec.kind in TOP_KINDS:
+        arrays, head_R, rows = _top(rows)
+    else:
+        arrays, head_R = {"weight": rows.weight_E.astype(np.float32)}, n_R
+        if spec.keep_logp != "none":
+            arrays["logp"] = _logp_codes(rows, rows.p())
+    arrays["id"] = id_codes(rows.id_E, rows.offsets, head_R)
     if _repeated(rows):
         raise ValueError(_TWICE)
-    return code_E
+    return arrays, head_R
 
 
-def id_codes(
-    id_E: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], head_R: npt.NDArray[np.int64]
-) -> npt.NDArray[np.uint32]:
+def _rows_of(spec: SamplerSpec, targets: SparseTargets, rounding_R3: FloatR3) -> _Rows:
+    row_E = np.repeat(np.arange(targets.rows, dtype=np.int32), np.diff(targets.offsets))
+    weight_E = targets.weights if spec.kind in COUNT_KINDS else targets.weights.astype(np.float64)
+    return _Rows(spec, targets.offsets, row_E, targets.ids, weight_E, targets.logp, rounding_R3)
+
+
+def id_codes(id_E: npt.NDArray[np.int32], offsets: IntR, head_R: IntR) -> npt.NDArray[np.uint32]:
     """Ids; in the tail, which ascends, the step from the id before.
 
     Raises:
@@ -202,16 +214,15 @@ def _counts(rows: _Rows) -> tuple[dict[str, Array], npt.NDArray[np.int64], _Rows
     count_E = rounded_E.astype(np.int32)
     exact_E -= rounded_E
     sum_R = _row_sums(rows, count_E)
-    if len(count_E) and (count_E.min() < 1 or exact_E.max() > 0.01 or exact_E.min() < -0.01):
-        raise ValueError(f"weights came that are no counts out of {draws} draws: check `draws`")
-    if np.any((sum_R != draws) & (rows.n_R > 0)):
+    no_counts = len(count_E) and (count_E.min() < 1 or exact_E.max() > 0.01 or exact_E.min() < -0.01)
+    if no_counts or np.any((sum_R != draws) & (rows.n_R > 0)):
         raise ValueError(f"weights came that are no counts out of {draws} draws: check `draws`")
     rows, order_E = _sorted(rows, draws - count_E)
     count_E = count_E[order_E]
     head_E = count_E > 1
     arrays: dict[str, Array] = {"count": count_E[head_E]}
     if rows.spec.keep_logp != "none":
-        arrays["logp"] = _logp_codes(rows, np.exp(rows.logp().astype(np.float64)))
+        arrays["logp"] = _logp_codes(rows, rows.p())
     return arrays, _row_sums(rows, head_E), rows
 
 
@@ -228,12 +239,8 @@ def _logp_codes(rows: _Rows, p_E: npt.NDArray[np.floating]) -> Array:
 
 
 def _round(
-    rows: _Rows,
-    mask_E: npt.NDArray[np.bool_],
-    value: npt.NDArray[np.floating],
-    levels: npt.NDArray[np.float64],
-    column: int,
-) -> npt.NDArray[np.int64]:
+    rows: _Rows, mask_E: npt.NDArray[np.bool_], value: Array, levels: npt.NDArray[np.float64], column: int
+) -> IntR:
     row = rows.row_E[mask_E]
     start_R = np.cumsum(np.bincount(row, minlength=len(rows.n_R)))
     start_R = np.concatenate([[0], start_R[:-1]])

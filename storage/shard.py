@@ -24,6 +24,7 @@ from stillroom.storage.layout import (
     padded,
 )
 from stillroom.storage.manifest import Manifest
+from stillroom.storage.pack import pack_planes
 from stillroom.storage.profiles import ids_by_use, to_profile
 
 INDEX_ENTRY_BYTES: Final = 16  # offset and length, both u64
@@ -75,11 +76,14 @@ def _chunks(array: ArraySpec, block: EncodedRows, chunk_shape: tuple[int, ...]) 
     for start, end in zip(ends - block.lengths[array.run], ends, strict=True):
         chunk = np.zeros(chunk_shape, array.dtype)
         if array.planes:
-            bits = (flat[start:end] >> np.arange(16, 16 + array.planes, dtype=np.uint32)[:, None]) & np.uint32(1)
-            packed = np.packbits(bits.astype(np.uint8), axis=1, bitorder="little")
-            chunk[:, : packed.shape[1]] = packed
-        elif array.name == "id_lo":
-            chunk[: end - start] = flat[start:end] & np.uint32(0xFFFF)
+            _put_planes(flat[start:end], chunk)
         else:
-            chunk[: end - start] = flat[start:end]
+            chunk[: end - start] = flat[start:end]  # of an id code its low 16 bits, for id_lo
         yield chunk
+
+
+def _put_planes(code_E: npt.NDArray[np.uint32], chunk: npt.NDArray[np.uint8]) -> None:
+    if not pack_planes(code_E, chunk):
+        bits = (code_E >> np.arange(16, 16 + len(chunk), dtype=np.uint32)[:, None]) & np.uint32(1)
+        packed = np.packbits(bits.astype(np.uint8), axis=1, bitorder="little")
+        chunk[:, : packed.shape[1]] = packed
