@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from stillroom.kernels.sparse_kd.divergence_triton import FORWARD_KL, minus_expm1, pull_of, term
+from stillroom.kernels.sparse_kd.problem import LEAST_MISSING
 
 INF: tl.constexpr = tl.constexpr(float("inf"))
+LEAST: tl.constexpr = tl.constexpr(LEAST_MISSING)
 RENORMALISE_TEACHER, RENORMALISE_BOTH, TAIL_BUCKET = (tl.constexpr(i) for i in range(1, 4))  # order of `MISSING_MASS`
 
 
@@ -165,7 +167,7 @@ def rows_kernel(
                 pulled += tl.sum(pull_of(w, logp, logq, log_share, log_other, log_a, a, DIVERGENCE), 0)
         if SPLIT:
             if MISSING == TAIL_BUCKET:
-                rest = tl.where(usable & (d > 0), tl.maximum(1.0 + pulled, 0.0), 0.0)
+                rest = tl.where(usable & (d > 0) & (1.0 + pulled > LEAST), 1.0 + pulled, 0.0)
                 log_tail = tl.log(tl.where(d > 0, d, 1.0)) - tl.log(tl.where(rest_sum > 0, rest_sum, 1.0))
                 kd += tl.where(rest > 0, rest * (tl.log(tl.where(rest > 0, rest, 1.0)) - log_tail), 0.0)
                 pulled -= rest
@@ -179,7 +181,7 @@ def rows_kernel(
         else:
             kd += tl.where(mass > 0, constant, 0.0)
             if MISSING == TAIL_BUCKET:
-                rest = tl.where((mass > 0) & (d > 0), tl.maximum(1.0 - mass, 0.0), 0.0)
+                rest = tl.where((mass > 0) & (d > 0) & (1.0 - mass > LEAST), 1.0 - mass, 0.0)
                 log_rest = tl.log(tl.where(rest > 0, rest, 1.0))
                 log_tail = tl.log(tl.where(d > 0, d, 1.0)) - log_s
                 kd += term(rest, log_rest, log_tail, log_share, log_other, log_a, a, DIVERGENCE)

@@ -17,6 +17,9 @@ from stillroom.kernels.targets import SparseTargets
 
 MISSING_MASS: Final = ("truncate", "renormalise_teacher", "renormalise_both", "tail_bucket")
 IGNORE_LABEL: Final = -100
+# A missing mass below this is float32's rounding of weights that sum to 1, and makes no bucket: the reverse KL of the student's
+# tail to it would be of the order of -q log(rounding), which is noise.
+LEAST_MISSING: Final = 2.0**-20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Problem:
         temperature: of the distillation term.
         missing: one of `MISSING_MASS`.
         split: coefficients of the target / non-target split, if wanted.
+        mean_entries: entries per row, rounded up; a part, which keeps the entries of all rows, has it from the whole.
     """
 
     targets: SparseTargets | None
@@ -60,6 +64,12 @@ class Problem:
     temperature: float = 1.0
     missing: str = "truncate"
     split: TargetSplit | None = None
+    mean_entries: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mean_entries is None:
+            entries = 0 if self.targets is None else self.targets.ids.numel()
+            object.__setattr__(self, "mean_entries", -(-entries // max(1, self.labels_N.numel())))
 
     @property
     def rows(self) -> int:
@@ -94,6 +104,7 @@ class Problem:
             self.temperature,
             self.missing,
             split,
+            self.mean_entries,
         )
 
 

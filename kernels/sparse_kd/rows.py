@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stillroom.kernels.sparse_kd.divergence import DIVERGENCES
-from stillroom.kernels.sparse_kd.problem import Problem
+from stillroom.kernels.sparse_kd.problem import LEAST_MISSING, Problem
 from stillroom.kernels.sparse_kd.student import Student, softmax_into
 
 
@@ -147,7 +147,9 @@ def _divergence_head(block: Block, problem: Problem, student: Student, logit_E: 
     if missing != "tail_bucket":
         return _Head(kd_R, -pulled_R, pull_E)
     log_tail_R = student.log_tail_R
-    rest_R = torch.where((mass_R > 0) & log_tail_R.isfinite(), (1.0 - mass_R).clamp_min(0.0), 0.0)
+    missing_R = 1.0 - mass_R
+    there_R = (mass_R > 0) & log_tail_R.isfinite() & (missing_R > LEAST_MISSING)
+    rest_R = torch.where(there_R, missing_R, 0.0)
     bucket = (rest_R, rest_R.log(), log_tail_R, parameter)
     rest_pull_R = divergence.pull(*bucket)
     return _Head(kd_R + divergence.term(*bucket), -(pulled_R + rest_pull_R), pull_E, rest_pull_R)
@@ -179,7 +181,8 @@ def _split_head(block: Block, problem: Problem, student: Student, logq_E: Tensor
     sum_R = block.sum_rows(weight_E)
     bucket_R = None
     if problem.missing == "tail_bucket":
-        rest_R = torch.where(usable_R & (tail_R > 0), (1.0 - sum_R).clamp_min(0.0), 0.0)
+        missing_R = 1.0 - sum_R
+        rest_R = torch.where(usable_R & (tail_R > 0) & (missing_R > LEAST_MISSING), missing_R, 0.0)
         dkd_value_R = dkd_value_R + term(rest_R, student.log_tail_R - log_u_R)
         sum_R = sum_R + rest_R
         bucket_R = -dkd_R * rest_R

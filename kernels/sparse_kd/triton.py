@@ -39,7 +39,7 @@ def loss_and_gradient(logits_NV: Tensor, problem: Problem, grad_NV: Tensor | Non
         g_NV = torch.empty_like(grad_NV, memory_format=torch.contiguous_format)
     targets, split, labels_N = problem.targets, problem.split, problem.labels_N
     entries = 0 if targets is None else targets.ids.numel()
-    k_block = min(1024, max(32, _power_of_two(entries // rows)))
+    k_block = min(1024, max(32, _power_of_two(problem.mean_entries or 0)))
     holes_NW = None
     with _on(x_NV):
         if targets is not None and (split is not None or problem.missing == "tail_bucket"):

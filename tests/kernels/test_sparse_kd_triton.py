@@ -87,12 +87,11 @@ def assert_same(logits_NV: Tensor, *arguments: Any, **options: Any) -> None:
     assert torch.allclose(got.float(), gradient.float(), rtol=unit, atol=small * (1 + 0.1 * size))
 
 
-# mass 1 would make the tail bucket's share a rounding error, whose reverse KL jumps between the two orders of addition
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10_000), entries=st.lists(st.integers(0, 70), min_size=1, max_size=4), vocabulary=st.integers(70, 200),
     name=st.sampled_from(sorted(DIVERGENCES)), missing=st.sampled_from(MISSING_MASS), alpha=st.sampled_from([0.0, 0.4, 1.0]),
-    temperature=st.sampled_from([1.0, 2.0, 3.0, 4.0, 0.7]), split=st.booleans(), mass=st.sampled_from([0.5, 0.95]),
+    temperature=st.sampled_from([1.0, 2.0, 3.0, 4.0, 0.7]), split=st.booleans(), mass=st.sampled_from([0.5, 0.95, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), inplace=st.booleans(),
     reduction=st.sampled_from(["sum", "none"]), default_weights=st.booleans(),
 )  # fmt: skip
