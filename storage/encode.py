@@ -70,6 +70,8 @@ class _Rows:
             raise ValueError(
                 f"targets came without logp, sampler {self.spec.kind} keeps it and wanted it: sample with log-probabilities"
             )
+        if np.isnan(self.logp_E).any():
+            raise ValueError("`logp` came with NaN, wanted the teacher's log-probabilities: check its logits")
         return self.logp_E
 
     def p(self) -> npt.NDArray[np.float64]:

@@ -10,7 +10,7 @@ import os
 import platform
 import secrets
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self
@@ -41,6 +41,7 @@ from stillroom.storage.targets import SparseTargets
 _BLOCK_ROWS: Final = 1 << 14  # rows encoded at a time: bounds the float64 scratch, changes no byte
 
 
+@lru_cache(maxsize=1)  # two milliseconds of reading package metadata, which every shard would pay
 def writer_libraries() -> dict[str, str]:
     """Versions of what turns targets into bytes."""
     names = ("numpy", "numcodecs", "google-crc32c")

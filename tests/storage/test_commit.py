@@ -147,7 +147,7 @@ def test_a_partial_cache_knows_its_sequences(made, tmp_path):
     np.testing.assert_array_equal(cache[4].tokens, made.shard_data(manifest, 2)[0][1])
 
 
-@pytest.mark.parametrize("break_it", ["tokens", "targets", "rounding", "ids", "label", "sum", "twice", "logp", "index"])
+@pytest.mark.parametrize("break_it", ["tokens", "targets", "rounding", "ids", "label", "sum", "twice", "logp", "NaN", "index"])
 def test_shards_that_do_not_fit_are_refused(made, tmp_path, break_it):
     manifest = made.manifest(SamplerSpec(draws=20))
     tokens, targets, rounding = made.shard_data(manifest, 0)
@@ -166,6 +166,8 @@ def test_shards_that_do_not_fit_are_refused(made, tmp_path, break_it):
         change = {"weights": targets.weights / 2}
     elif break_it == "twice":
         change = {"ids": np.zeros_like(targets.ids)}
+    elif break_it == "NaN":
+        change["logp"] = np.where(np.arange(targets.entries) == 7, np.nan, targets.logp).astype(np.float32)
     elif break_it == "logp":
         change = {"logp": None}
     else:

@@ -224,8 +224,7 @@ def test_one_door_the_same_arrays_and_errors(made, monkeypatch, kind, keep_logp)
         columns["logp"] = None if targets.logp is None else columns["logp"]
         targets = replace(targets, **columns)
         monkeypatch.setattr(encode, "pack", packing)
-        # NaN and infinite log p of counts are nobody's to refuse: numpy rounds them, with a warning.
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):  # an infinite log p of counts is rounded, with a warning
             helped = encoded(manifest, targets, rounding)
             monkeypatch.setattr(encode, "pack", lambda *a: None)
             plain = encoded(manifest, targets, rounding)
