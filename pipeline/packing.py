@@ -1,44 +1,53 @@
-"""Tokenise and pack: documents become sequences of `L` rows, `L + 1` token ids each.
+"""Pack: documents become sequences of `L` rows, `L + 1` token ids each, in a file that is mapped, not held.
 
-Shapes: `S` sequences, `L` rows per sequence, `L1` = L + 1.
+Shapes: `S` sequences, `L` rows per sequence, `L1` = L + 1, `N` tokens of the whole stream.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from stillroom.pipeline.config import CorpusConfig
-from stillroom.pipeline.corpus import documents
+from stillroom.pipeline.packing_tokens import Tokens, tokenised
 from stillroom.storage.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DOCUMENTS_PER_CALL = 256
+HASHED_TOKENS: Final = 1 << 22  # at a time
 
 
 @dataclass(frozen=True, slots=True)
 class PackedCorpus:
-    """A corpus as the teacher will see it, and as every student will.
+    """A corpus as the teacher will see it, and as every student will. Its arrays are views of mapped files.
 
     Attributes:
         tokens_SL1: `[S, L+1]` uint32; the last id of a sequence is the first of the next, so every token after the first
             is the label of exactly one row.
-        documents: number of documents read.
-        fingerprint: SHA-256 over the packed ids: the same text under the same tokenizer and packing, whatever its files.
+        documents: number of documents packed.
+        fingerprint: SHA-256 over the packed ids, and over the mask where there is one: the same text under the same
+            tokenizer and packing, whatever its files.
+        mask_SL: `[S, L]` bool, rows that get targets: those whose label the assistant wrote; None: all rows.
+        skipped: broken records that were passed over.
+        empty: documents without text that were passed over.
     """
 
     tokens_SL1: npt.NDArray[np.uint32]
     documents: int
     fingerprint: str
+    mask_SL: npt.NDArray[np.bool_] | None = None
+    skipped: int = 0
+    empty: int = 0
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -58,56 +67,128 @@ def pack(
     config: CorpusConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    folder: Path | None = None,
     on_progress: Callable[[int], None] = lambda documents: None,
 ) -> PackedCorpus:
-    """Read, tokenise and pack the corpus (`concat`: documents end to end, each closed by the end-of-text id).
+    """Read, tokenise and pack the corpus (`concat`: documents end to end, text closed by the end-of-text id).
+
+    Memory does not grow with the corpus: ids go to a file without a name (4 bytes a token, and one for the loss mask), whose
+    room is given back when the last view of it is gone.
 
     Args:
         config: source, column, sequence length, number of sequences to keep.
         tokenizer: the teacher's.
+        folder: where the file is made; None: the folder for temporary files (`TMPDIR`).
         on_progress: told the number of documents tokenised so far.
 
     Raises:
-        InputError: a source that can not be used, or text shorter than one sequence.
+        InputError: a source that can not be used, text shorter than one sequence, or a conversation corpus without one token
+            of the assistant's.
     """
-    ids, count = [np.zeros(0, np.uint32)], 0
-    length, wanted = 0, None if config.max_sequences is None else config.max_sequences * config.seq_len + 1
-    for texts in _batches(documents(config), DOCUMENTS_PER_CALL):
-        for document in _token_ids(tokenizer, texts):
-            ids.append(document)
-            length += len(document)
-            count += 1
-            if wanted is not None and length >= wanted:
+    wanted = None if config.max_sequences is None else config.max_sequences * config.seq_len + 1
+    with ExitStack() as open_files:
+        spill = _Spill(folder, open_files)
+        for tokens in tokenised(config, tokenizer):
+            _check_bad(config, tokens, spill.bad)
+            spill.add(tokens, wanted)
+            on_progress(spill.documents)
+            if wanted is not None and spill.length >= wanted:
                 break
-        on_progress(count)
-        if wanted is not None and length >= wanted:
-            break
-    stream = np.concatenate(ids)
-    sequences = (len(stream) - 1) // config.seq_len
-    if config.max_sequences is not None:
-        sequences = min(sequences, config.max_sequences)
-    if count == 0:
-        raise InputError(f"source {config.data} holds no text: every document is empty")
-    if sequences < 1:
+        sequences = (spill.length - 1) // config.seq_len
+        if config.max_sequences is not None:
+            sequences = min(sequences, config.max_sequences)
+        if spill.documents == 0:
+            raise InputError(f"source {config.data} holds no text: every document is empty")
+        if sequences < 1:
+            raise InputError(
+                f"source {config.data} gives {spill.length} tokens, wanted at least {config.seq_len + 1} for one sequence: "
+                "add text or lower --seq-len"
+            )
+        ids_N, mask_N = spill.mapped()
+    tokens_SL1 = _windows(ids_N, sequences, config.seq_len)
+    mask_SL = None if mask_N is None else _windows(mask_N, sequences, config.seq_len)[:, 1:]
+    if mask_SL is not None and not any(block.any() for block in _blocks(mask_SL)):
         raise InputError(
-            f"source {config.data} gives {len(stream)} tokens, wanted at least {config.seq_len + 1} for one sequence: "
-            "add text or lower --seq-len"
+            f"source {config.data} holds no token of the assistant's, so there is nothing to learn: "
+            "check the roles in --messages-column and the chat template"
         )
-    windows = np.lib.stride_tricks.sliding_window_view(stream, config.seq_len + 1)[:: config.seq_len]
-    tokens_SL1 = np.ascontiguousarray(windows[:sequences])
-    digest = hashlib.sha256(np.array(tokens_SL1.shape, "<i8").tobytes() + tokens_SL1.astype("<u4").tobytes())
-    return PackedCorpus(tokens_SL1, documents=count, fingerprint=digest.hexdigest())
+    return PackedCorpus(
+        tokens_SL1,
+        documents=spill.documents,
+        fingerprint=_fingerprint(tokens_SL1, mask_SL),
+        mask_SL=mask_SL,
+        skipped=spill.skipped,
+        empty=spill.empty,
+    )
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[npt.NDArray[np.uint32]]:
-    eos = tokenizer.eos_token_id
-    # The tokenizer's own special tokens (a begin-of-text id, say) stay: they are what the teacher was trained with.
-    encoded: Any = tokenizer(texts, return_attention_mask=False, verbose=False)
-    for ids in encoded["input_ids"]:
-        closed = ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos]
-        yield np.asarray(closed, np.uint32)
+class _Spill:
+    """The stream of ids, and of the loss mask where there is one, on its way to disk."""
+
+    def __init__(self, folder: Path | None, open_files: ExitStack) -> None:
+        self._folder, self._open_files = folder, open_files
+        self._ids = self._new_file()
+        self._mask: IO[bytes] | None = None
+        self.length = self.documents = self.skipped = self.empty = self.bad = 0
+
+    def _new_file(self) -> IO[bytes]:
+        return self._open_files.enter_context(tempfile.TemporaryFile(dir=self._folder))
+
+    def add(self, tokens: Tokens, wanted: int | None) -> None:
+        """Append documents, up to the one that makes the stream `wanted` tokens long."""
+        ends_D = self.length + np.cumsum(tokens.lengths_D)
+        many = len(ends_D)
+        if wanted is not None:
+            many = min(many, int(np.searchsorted(ends_D, wanted)) + 1)
+        count = int(ends_D[many - 1]) - self.length if many else 0
+        try:
+            tokens.ids_N[:count].astype("<u4", copy=False).tofile(self._ids)
+            if tokens.mask_N is not None:
+                self._mask = self._new_file() if self._mask is None else self._mask
+                tokens.mask_N[:count].tofile(self._mask)
+        except OSError as error:
+            raise InputError(
+                f"the packed corpus does not fit on its disk ({error.strerror or error}) after {self.length:,} tokens: "
+                "point TMPDIR at a larger one"
+            ) from error
+        self.length += count
+        self.documents += many
+        self.bad += len(tokens.bad)
+        self.skipped, self.empty = self.bad + tokens.skipped, tokens.empty
+
+    def mapped(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_] | None]:
+        """The streams `[N]`; they outlive the open files."""
+        self._ids.flush()
+        ids_N: npt.NDArray[np.uint32] = np.memmap(self._ids, "<u4", mode="r")
+        if self._mask is None:
+            return ids_N, None
+        self._mask.flush()
+        return ids_N, np.memmap(self._mask, np.bool_, mode="r")
 
 
-def _batches(items: Iterator[str], size: int) -> Iterator[list[str]]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+def _check_bad(config: CorpusConfig, tokens: Tokens, before: int) -> None:
+    if tokens.bad and before + len(tokens.bad) + tokens.skipped > config.skip_bad:
+        complaint = tokens.bad[max(0, config.skip_bad - before - tokens.skipped)]
+        more = f"; {config.skip_bad} before it were skipped" if config.skip_bad else ""
+        raise InputError(f"{complaint}, or pass over it with --skip-bad{more}")
+
+
+def _windows(stream_N: npt.NDArray[Any], sequences: int, seq_len: int) -> npt.NDArray[Any]:
+    return np.lib.stride_tricks.sliding_window_view(stream_N, seq_len + 1)[::seq_len][:sequences]
+
+
+def _blocks(array_SL: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    step = max(1, HASHED_TOKENS // array_SL.shape[1])
+    for start in range(0, len(array_SL), step):
+        yield array_SL[start : start + step]
+
+
+def _fingerprint(tokens_SL1: npt.NDArray[np.uint32], mask_SL: npt.NDArray[np.bool_] | None) -> str:
+    digest = hashlib.sha256(np.array(tokens_SL1.shape, "<i8").tobytes())
+    for block in _blocks(tokens_SL1):
+        digest.update(np.ascontiguousarray(block, "<u4").data)
+    if mask_SL is not None:
+        digest.update(b"mask")
+        for block in _blocks(mask_SL):
+            digest.update(np.packbits(block, axis=1).data)
+    return digest.hexdigest()
