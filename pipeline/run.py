@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,13 @@ import torch
 
 from stillroom.kernels.sample import uniforms
 from stillroom.pipeline.config import CacheConfig
-from stillroom.pipeline.prepare import Prepared, Progress, prepare
+from stillroom.pipeline.prepare import Prepared, Progress
 from stillroom.pipeline.stages import sample_sequences
-from stillroom.storage.index import write_index
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.targets import SparseTargets
+
+if TYPE_CHECKING:
+    from stillroom.pipeline.engines.stop import Stop
 
 ROUNDING_STREAM: Final = 1  # stream 0 draws the targets; this one rounds them to codes
 ROUNDING_UNIFORMS: Final = 3
@@ -66,32 +68,25 @@ class CacheResult:
         return self.shards_before == self.shards
 
 
-def build_cache(config: CacheConfig, *, on_progress: Progress = lambda stage, done, total: None) -> CacheResult:
+def build_cache(
+    config: CacheConfig, *, on_progress: Progress = lambda stage, done, total: None, stop: Stop | None = None
+) -> CacheResult:
     """Write the cache `config` describes, or what is missing of it.
 
     Args:
-        config: teacher, corpus, sampler, directory.
+        config: teacher, corpus, sampler, directory, engine.
         on_progress: told (stage, done, total): stage `pack` counts documents (total 0: unknown), `cache` sequences.
+        stop: an entered `Stop`: SIGTERM finishes the shard in hand and raises.
 
     Raises:
-        InputError: a teacher or corpus that can not be used.
+        InputError: a teacher, corpus or engine that can not be used.
         PlanMismatchError: the directory belongs to another run.
+        Terminated: SIGTERM came, and `stop` was given.
     """
-    prepared = prepare(config, on_progress)
-    manifest, writer = prepared.manifest, prepared.writer()
-    before = writer.committed()
-    start_s = time.perf_counter()
-    if len(before) < manifest.shards:
-        run_shards(prepared, range(manifest.shards), on_progress)
-        write_index(writer.depot)  # one file to open instead of a record per shard
-    return CacheResult(
-        out=writer.root,
-        sequences=manifest.sequences,
-        rows=manifest.sequences * config.seq_len,
-        shards=manifest.shards,
-        shards_before=len(before),
-        seconds=time.perf_counter() - start_s,
-    )
+    from stillroom.pipeline import engines  # they are ways around `run_shards`
+    from stillroom.pipeline.engines.stop import Stop
+
+    return engines.build(config, on_progress, stop or Stop())
 
 
 def run_shards(
