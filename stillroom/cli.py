@@ -1,6 +1,7 @@
 """The `stillroom` command: picks a verb, reads its settings, runs it, prints its summary.
 
-Exit status: 0 done, 1 a finding, 2 usage or input (one sentence on standard error, no traceback).
+Exit status: 0 done, 1 a finding, 2 usage or input (one sentence on standard error, no traceback); 130 Ctrl-C, 143 SIGTERM:
+what was committed is kept, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -38,14 +39,18 @@ VERBS = {
         "stillroom.commands:cache",
         "Run the teacher once over a corpus and keep its distributions as sparse, unbiased samples.",
         "  stillroom cache --teacher Qwen/Qwen3-0.6B --data corpus.jsonl --out cache/\n"
-        "  stillroom cache --config run.yaml --draws 25",
+        "  stillroom cache --config run.yaml --draws 25\n"
+        "  stillroom cache --config run.yaml --engine local --workers 8\n"
+        "  torchrun --nproc-per-node 8 -m stillroom cache --config run.yaml\n"
+        "  srun stillroom cache --config run.yaml                 the same in a SLURM array or a Kubernetes Indexed Job\n"
+        "  stillroom cache --config run.yaml --engine ray         then `stillroom inspect cache/ --watch`",
         positional=None,
     ),
     "inspect": Verb(
         "stillroom.commands:InspectConfig",
         "stillroom.commands:inspect",
         "Say what made a cache, and what it holds: sequences, rows, entries, bytes by array, kept mass.",
-        "  stillroom inspect cache/\n  stillroom inspect cache/ --json",
+        "  stillroom inspect cache/\n  stillroom inspect cache/ --json\n  stillroom inspect s3://bucket/cache --watch",
         positional="cache",
     ),
     "verify": Verb(
@@ -115,11 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(
             "stillroom: interrupted; what was committed is kept, run the same command again to go on", file=sys.stderr
         )
-        return 130
+        return int(getattr(error, "status", 130))  # SIGTERM's is 143
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stillroom.pipeline.config import CacheConfig
     from stillroom.pipeline.run import CacheResult
     from stillroom.storage.cache import Cache
+    from stillroom.storage.progress import Seen
     from stillroom.train.config import TrainConfig
     from stillroom.train.evaluate import Evaluation
     from stillroom.train.run import TrainResult
@@ -27,6 +28,12 @@ class InspectConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     cache: str = Field(description="directory or URL of the cache")
     sample: int = Field(64, ge=1, description="sequences read to measure kept mass and entries per row")
+    watch: float | None = Field(
+        None,
+        gt=0,
+        description="follow a run instead, on however many machines: shards, rows/s, time left, every so many seconds (alone: 5)",
+        json_schema_extra={"alone": 5},
+    )
 
 
 class EvaluateConfig(BaseModel):
@@ -80,10 +87,11 @@ class Inspection:
 
 def cache(config: CacheConfig, as_json: bool) -> CacheResult:
     """`stillroom cache`."""
+    from stillroom.pipeline.engines.stop import Stop
     from stillroom.pipeline.run import build_cache
 
-    with Reporter() as report:
-        result = build_cache(config, on_progress=report)
+    with Reporter() as report, Stop() as stop:
+        result = build_cache(config, on_progress=report, stop=stop)
     if result.already_done:
         say(f"cache {result.out} is complete ({result.shards} shards): nothing to do")
     if not as_json:
@@ -99,8 +107,12 @@ def cache(config: CacheConfig, as_json: bool) -> CacheResult:
     return result
 
 
-def inspect(config: InspectConfig, as_json: bool) -> Inspection:
+def inspect(config: InspectConfig, as_json: bool) -> Inspection | Seen:
     """`stillroom inspect`."""
+    if config.watch is not None:
+        from stillroom.watching import watch
+
+        return watch(config.cache, config.watch, as_json)
     from stillroom.storage.cache import open_cache
 
     opened = open_cache(config.cache, partial=True)

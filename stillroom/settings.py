@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin
@@ -18,6 +19,7 @@ from pydantic.fields import FieldInfo
 from stillroom.storage.errors import InputError
 
 Model = TypeVar("Model", bound=BaseModel)
+_NUMBER: Final = re.compile(r"-?[\d.]+(e-?\d+)?")
 _YES_NO: Final = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
@@ -120,7 +122,14 @@ def _parser(model: type[BaseModel], prog: str, summary: str, examples: str, posi
 
 
 def _with_values(model: type[BaseModel], argv: Sequence[str]) -> list[str]:
-    """A switch may stand alone: `--hashes` is `--hashes=true`, whatever follows it, unless that is a yes or a no."""
+    """A switch may stand alone: `--hashes` is `--hashes=true`, whatever follows it, unless that is a yes or a no.
+
+    So may an option whose field says, as `alone`, what it means then, unless a number follows.
+    """
+    alone = {_flag(name): str(extra["alone"]) for name, field in model.model_fields.items()
+             if isinstance(extra := field.json_schema_extra, dict) and "alone" in extra}  # fmt: skip
+    following = [*argv[1:], ""]
+    argv = [f"{w}={alone[w]}" if w in alone and not _NUMBER.fullmatch(n) else w for w, n in zip(argv, following)]
     switches = {_flag(name) for name, field in model.model_fields.items() if field.annotation is bool}
     switches |= {flag.replace("-", "_").replace("__", "--", 1) for flag in switches}
     result: list[str] = []
