@@ -1,6 +1,7 @@
 """The run of stage one: the plan, then one shard after another, each a pure function of (manifest, shard index).
 
-Data flow: packed tokens -> teacher logits, one sequence at a time -> sampler -> CSR rows of a shard -> encode and commit.
+Data flow: packed tokens -> `stages`: body, head, sampler, copy to the host -> rows of a shard -> encode and commit on the
+writer's thread, which holds this one up when it falls behind.
 Shapes: `S` sequences of a shard, `L` rows per sequence, `R` = S * L rows.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -18,8 +19,10 @@ import torch
 
 from stillroom.kernels.sample import uniforms
 from stillroom.pipeline.config import CacheConfig
+from stillroom.pipeline.host import peak_bytes
 from stillroom.pipeline.prepare import Prepared, Progress
-from stillroom.pipeline.stages import sample_sequences
+from stillroom.pipeline.stage_clock import StageClock
+from stillroom.pipeline.stages import Batch, Sampling
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.targets import SparseTargets
 
@@ -37,11 +40,20 @@ class RunStats:
     Attributes:
         shards, sequences: made and committed here.
         seconds: wall time.
+        stages: seconds of each stage, see `stage_clock.STAGES`.
+        bad_rows: rows that keep nothing because no sampler could use their logits.
+        peak_host_bytes, peak_device_bytes: most memory this process held (no CUDA device: None).
+        notes: what the user should know.
     """
 
-    shards: int
-    sequences: int
-    seconds: float
+    shards: int = 0
+    sequences: int = 0
+    seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+    bad_rows: int = 0
+    peak_host_bytes: int = 0
+    peak_device_bytes: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +65,7 @@ class CacheResult:
         sequences, rows: size of the whole cache.
         shards: shards of the plan; `shards_before` of them were there already.
         seconds: wall time of this run's shards.
+        stats: what this process did, where its time went and what memory it took.
     """
 
     out: Path | str
@@ -61,6 +74,7 @@ class CacheResult:
     shards: int
     shards_before: int
     seconds: float
+    stats: RunStats = field(default_factory=RunStats)
 
     @property
     def already_done(self) -> bool:
@@ -71,19 +85,18 @@ class CacheResult:
 def build_cache(
     config: CacheConfig, *, on_progress: Progress = lambda stage, done, total: None, stop: Stop | None = None
 ) -> CacheResult:
-    """Write the cache `config` describes, or what is missing of it.
+    """Write the cache `config` describes, or what is missing of it, the way `config.engine` says.
 
     Args:
         config: teacher, corpus, sampler, directory, engine.
         on_progress: told (stage, done, total): stage `pack` counts documents (total 0: unknown), `cache` sequences.
-        stop: an entered `Stop`: SIGTERM finishes the shard in hand and raises.
+        stop: whether to go on; by default nothing but the end of the work stops it.
 
     Raises:
-        InputError: a teacher, corpus or engine that can not be used.
+        InputError: a teacher or corpus that can not be used.
         PlanMismatchError: the directory belongs to another run.
-        Terminated: SIGTERM came, and `stop` was given.
     """
-    from stillroom.pipeline import engines  # they are ways around `run_shards`
+    from stillroom.pipeline import engines  # which use `run_shards`
     from stillroom.pipeline.engines.stop import Stop
 
     return engines.build(config, on_progress, stop or Stop())
@@ -93,6 +106,9 @@ def run_shards(
     prepared: Prepared, shards: Iterable[int], on_progress: Progress = lambda stage, done, total: None
 ) -> RunStats:
     """Make these shards, here; those that are committed are passed over. Returns when the last is committed.
+
+    In memory at a time: one shard being filled, one that waits for the writer's thread and one that it writes; and on the
+    teacher's device two batches and one buffer of logits.
 
     Args:
         prepared: what `prepare` gave, in this process or another.
@@ -105,7 +121,12 @@ def run_shards(
     """
     manifest, config, writer = prepared.manifest, prepared.config, prepared.writer()
     before = writer.committed()
-    start_s, done = time.perf_counter(), sum(_length(manifest, shard) for shard in before)
+    start_s, had = time.perf_counter(), sum(_length(manifest, shard) for shard in before)
+    teacher = prepared.teacher()
+    clock = StageClock(teacher.device)
+    sampling = Sampling(
+        teacher, prepared.spec, batch_size=config.batch_size, skip_bad_rows=config.skip_bad_rows, clock=clock
+    )
     made, sequences = 0, 0
     with writer:  # encodes and flushes one shard while the teacher runs on the next
         for shard in shards:
@@ -114,16 +135,35 @@ def run_shards(
             first, stop = manifest.shard_range(shard)
             tokens_SL1 = prepared.corpus.tokens_SL1[first:stop]
             parts = []
-            for begin in range(0, len(tokens_SL1), config.batch_size):
-                batch_BL1 = tokens_SL1[begin : begin + config.batch_size]
-                parts += sample_sequences(
-                    prepared.teacher(), prepared.spec, batch_BL1, first + begin, batch_size=config.batch_size
-                )
-                on_progress("cache", done + sequences + begin + len(batch_BL1), manifest.sequences)
+            for batch, targets in sampling(_batches(prepared, shard)):
+                parts.append(targets)
+                sequences += len(batch)
+                on_progress("cache", had + sequences, manifest.sequences)
             rounding_R3 = _rounding(prepared.spec.seed, np.arange(first, stop), config.seq_len)
-            writer.submit(shard, tokens_SL1, SparseTargets.concat(parts), rounding_R3)
-            made, sequences = made + 1, sequences + len(tokens_SL1)
-    return RunStats(shards=made, sequences=sequences, seconds=time.perf_counter() - start_s)
+            with clock.host("wait"):
+                writer.submit(shard, tokens_SL1, SparseTargets.concat(parts), rounding_R3)
+            made += 1
+        with clock.host("wait"):
+            writer.close()
+    clock.add("encode", writer.encode_s)
+    clock.add("commit", writer.commit_s)
+    host, device = peak_bytes()
+    return RunStats(
+        shards=made,
+        sequences=sequences,
+        seconds=time.perf_counter() - start_s,
+        stages=clock.seconds(),
+        bad_rows=sampling.bad_rows,
+        peak_host_bytes=host,
+        peak_device_bytes=device,
+        notes=tuple(sampling.notes),
+    )
+
+
+def _batches(prepared: Prepared, shard: int) -> list[Batch]:
+    """The sequences of a shard, in batches of the run's size."""
+    first, stop = prepared.manifest.shard_range(shard)
+    return Batch(first, prepared.corpus.tokens_SL1[first:stop]).split(prepared.config.batch_size)
 
 
 def _rounding(seed: int, sequences_S: npt.NDArray[np.int64], rows: int) -> npt.NDArray[np.float64]:
