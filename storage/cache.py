@@ -20,9 +20,9 @@ from stillroom.storage.background import keep_scratch
 from stillroom.storage.commits import CommitRecord, committed, damaged, load_record
 from stillroom.storage.decode import decode_entries, plain_entries
 from stillroom.storage.errors import CacheError, DamagedError, InputError
-from stillroom.storage.gather import COLUMNS, Column, chunks_of, flat, gather, needed
+from stillroom.storage.gather import COLUMNS, Column, chunks_of, flat, gather, needed, starts_of
 from stillroom.storage.index import Index, read_index
-from stillroom.storage.manifest import Manifest
+from stillroom.storage.manifest import DOCUMENTS, Manifest
 from stillroom.storage.readers import READERS, ReaderName, ShardReader
 from stillroom.storage.remote.snapshot import refuse_snapshot
 from stillroom.storage.room import Room
@@ -138,6 +138,12 @@ class Cache:
     def follow(self, order: StreamOrder) -> Follower | None:
         """Whom to tell the position of a run that reads in `order`, so that its shards are here in time; None: they are."""
         return None
+
+    def starts(self, indices: Iterable[int]) -> npt.NDArray[np.bool_] | None:
+        """Where documents begin in sequences `indices`, `[B, L+1]`; None for packing `concat`. Raises as `read`."""
+        if self.manifest.packing.policy != DOCUMENTS:
+            return None
+        return np.stack([starts_of(self._shard(shard), within) for shard, within in map(self._locate, indices)])
 
     def shard_of(self, index: int) -> int:
         """The shard that holds sequence `index`.

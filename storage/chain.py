@@ -1,4 +1,4 @@
-"""Where the text of a `concat` cache breaks off between two shards, and which of them is at fault."""
+"""Where the text of a cache breaks off between two shards, and which of them is at fault."""
 
 from __future__ import annotations
 

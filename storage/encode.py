@@ -83,7 +83,13 @@ class _Rows:
         return _Rows(self.spec, self.offsets, self.row_E, *taken, self.rounding_R3)
 
 
-def encode_rows(manifest: Manifest, tokens_SL1: Array, targets: SparseTargets, rounding_R3: FloatR3) -> EncodedRows:
+def encode_rows(
+    manifest: Manifest,
+    tokens_SL1: Array,
+    targets: SparseTargets,
+    rounding_R3: FloatR3,
+    starts_SL1: npt.NDArray[np.bool_] | None = None,
+) -> EncodedRows:
     """Encode the rows of `S` sequences.
 
     Args:
@@ -91,6 +97,7 @@ def encode_rows(manifest: Manifest, tokens_SL1: Array, targets: SparseTargets, r
         tokens_SL1: token ids.
         targets: S * L rows as the sampler gave them.
         rounding_R3: `[S*L, 3]` uniforms in [0, 1): head log p, tail mass, tail log p.
+        starts_SL1: tokens that begin a document, where the packing is `documents`.
 
     Raises:
         ValueError: the targets are not what the sampler of the manifest makes.
@@ -103,6 +110,8 @@ def encode_rows(manifest: Manifest, tokens_SL1: Array, targets: SparseTargets, r
         "label_logp": encode_label_logp(targets.label_logp),
         "entropy": encode_entropy(targets.entropy),
     }
+    if starts_SL1 is not None:
+        arrays["starts"] = starts_SL1.astype(np.uint8).ravel()
     lengths = {
         "token": np.full(len(tokens_SL1), seq_len + 1),
         "row": np.full(len(tokens_SL1), seq_len),

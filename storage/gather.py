@@ -33,7 +33,7 @@ def needed(manifest: Manifest, columns: Collection[str]) -> list[str]:
     plan = {array.name: array for array in arrays_of(manifest)}
     if manifest.profile == "fast" and "logp" not in columns:
         return [name for name in ("n", "id", "weight", *columns) if name in plan]
-    skip = {name for name in ("tokens", "label_logp", "entropy") if name not in columns}
+    skip = {name for name in ("tokens", "label_logp", "entropy") if name not in columns} | {"starts"}
     if "logp" not in columns:
         skip |= {"logp_tail"} | ({"logp"} if "kept" not in plan else set())
     return [name for name in plan if name not in skip]
@@ -86,6 +86,18 @@ def flat(places: list[Place], chunks: dict[str, list[Array]], manifest: Manifest
         entries = [length["entry"] for length in lengths]
         raw["id"] = _join_ids(chunks["id_lo"], chunks.get("id_hi", []), entries, planes)
     return raw
+
+
+def starts_of(reader: ShardReader, sequence: int) -> npt.NDArray[np.bool_]:
+    """Which tokens of a sequence begin a document, `[L+1]`.
+
+    Raises:
+        DamagedError: bytes are not what they were, or neither yes nor no.
+    """
+    flags = reader.chunk("starts", sequence)
+    if flags.max() > 1:
+        raise damaged(reader.record.shard, f"sequence {sequence} of starts is neither 0 nor 1")
+    return flags.view(np.bool_)
 
 
 def lengths_of(place: Place, chunks: dict[str, Array]) -> dict[str, int]:

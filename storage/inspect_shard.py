@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from stillroom.storage.commits import CommitRecord, load_record
 from stillroom.storage.decode import decode_rows
@@ -24,12 +26,14 @@ from stillroom.storage.inspect_files import (
     redo,
     unknown_files,
 )
-from stillroom.storage.invariants import CONCAT, first_problem
+from stillroom.storage.invariants import first_problem
 from stillroom.storage.layout import Widths, padded
-from stillroom.storage.manifest import Manifest
+from stillroom.storage.manifest import CONCAT, DOCUMENTS, Manifest
 from stillroom.storage.raw import blocks_of, decodable, read_block
 from stillroom.storage.readers import DirectReader
 from stillroom.storage.targets import SparseTargets
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(slots=True)
@@ -85,7 +89,7 @@ def inspect_shard(
             spans = spans if sequences is None else ((one, one + 1) for one in sequences)
             for kind, what in _rows(reader, manifest, spans, check, whole=sequences is None):
                 found(kind, what)
-            check.edges = (int(reader.chunk("tokens", 0)[0]), int(reader.chunk("tokens", record.sequences - 1)[-1]))
+            check.edges = (_ends(reader, 0)[0], _ends(reader, record.sequences - 1)[1])
         except DamagedError as error:
             found("decode", error.what or str(error))
     return check
@@ -104,9 +108,8 @@ def _rows(
         if problem := first_problem(manifest, block, targets):
             yield "rows", f"sequence {record.start + start + problem.sequence}: {problem.what}"
             return
-        tokens_BL1 = block.arrays["tokens"].reshape(stop - start, -1)
-        firsts, lasts = tokens_BL1[:, 0], tokens_BL1[:, -1]
-        if manifest.packing.policy == CONCAT:
+        firsts, lasts = _seams(block.arrays["tokens"], block.arrays.get("starts"), stop - start)
+        if manifest.packing.policy in (CONCAT, DOCUMENTS):
             before = np.append(last_token if start == last_stop else int(firsts[0]), lasts[:-1])
             broken = np.flatnonzero(firsts != before)
             if broken.size:
@@ -121,6 +124,21 @@ def _rows(
         yield "totals", f"it holds {entries:,} entries, its record says {record.entries:,}"
     elif whole and record.widths != Widths(**{run: padded(width) for run, width in widest.items()}):
         yield "totals", f"its widest sequences are {widest}, its record says {record.widths}"
+
+
+def _seams(tokens: Array, starts: Array | None, sequences: int) -> tuple[Array, Array]:
+    """First and last token of every sequence; where documents are told apart, with the mark of a beginning above its bits."""
+    seams = tokens.astype(np.int64)
+    if starts is not None:
+        seams |= starts.astype(np.int64) << 32
+    seams_BL1 = seams.reshape(sequences, -1)
+    return seams_BL1[:, 0], seams_BL1[:, -1]
+
+
+def _ends(reader: DirectReader, sequence: int) -> tuple[int, int]:
+    starts = reader.chunk("starts", sequence) if "starts" in reader.arrays else None
+    first, last = _seams(reader.chunk("tokens", sequence), starts, 1)
+    return int(first[0]), int(last[0])
 
 
 def _decoded(reader: DirectReader, manifest: Manifest, block: EncodedRows, start: int, stop: int) -> SparseTargets:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,9 @@ import numpy.typing as npt
 from stillroom.storage.codes import ENTROPY_STEP, PIVOT, UNIT
 from stillroom.storage.encode import EncodedRows
 from stillroom.storage.layout import TOP_KINDS, Run
-from stillroom.storage.manifest import Manifest
+from stillroom.storage.manifest import CONCAT, DOCUMENTS, Manifest
 from stillroom.storage.spec import COUNT_KINDS
 from stillroom.storage.targets import SparseTargets
-
-CONCAT: Final = "concat"
 
 
 class Problem(NamedTuple):
@@ -67,7 +65,12 @@ def _rows(manifest: Manifest, block: EncodedRows, targets: SparseTargets) -> Ite
     yield _Check("row", "the log-probability of a label is above 0", targets.label_logp > 0)
     impossible_R = (targets.entropy < 0) | (targets.entropy > highest + ENTROPY_STEP / 2 + 1e-6)
     yield _Check("row", f"an entropy is outside 0 to ln V = {highest:.3f}", impossible_R)
-    if manifest.packing.policy == CONCAT:  # every row has a label there
+    if "starts" in block.arrays:
+        starts_BL1 = block.arrays["starts"].reshape(-1, manifest.packing.seq_len + 1)
+        yield _Check("token", "a start of a document is neither 0 nor 1", block.arrays["starts"] > 1)
+        across_R = (starts_BL1[:, 1:] > 0).ravel() & (n_R > 0)
+        yield _Check("row", "a row has entries though its label begins another document", across_R)
+    if manifest.packing.policy in (CONCAT, DOCUMENTS):  # every row has a label there
         lacking_R = (np.isnan(targets.label_logp) | np.isnan(targets.entropy)) & (n_R > 0)
         yield _Check("row", "a row with entries lacks its label's log-probability or its entropy", lacking_R)
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stillroom.storage.codes import tail_code_max
-from stillroom.storage.manifest import Manifest
+from stillroom.storage.manifest import DOCUMENTS, Manifest
 from stillroom.storage.spec import COUNT_KINDS, SamplerSpec
 
 Run = Literal["token", "row", "entry", "head", "tail", "vocab"]
@@ -118,6 +118,7 @@ def code_arrays_of(manifest: Manifest) -> tuple[ArraySpec, ...]:
     high_bits = id_high_bits(manifest.vocab_size)
     plan: list[tuple[str, npt.DTypeLike, Run, bool]] = [
         ("tokens", tokens, "token", True),
+        ("starts", np.uint8, "token", manifest.packing.policy == DOCUMENTS),
         ("n", small, "row", True),
         ("id_lo", np.uint16, "entry", True),
         ("id_hi", np.uint8, "entry", high_bits > 0),

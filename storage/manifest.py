@@ -16,6 +16,8 @@ from stillroom.storage.targets import MAX_VOCAB_SIZE
 FORMAT: Final = "stillroom-cache"
 FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
+CONCAT: Final = "concat"
+DOCUMENTS: Final = "documents"
 Profile = Literal["standard", "fast", "small"]
 Values = tuple[tuple[str, Any], ...]
 MAX_SEQ_LEN: Final = 1 << 17
@@ -53,7 +55,11 @@ class CorpusInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackingInfo:
-    """How documents became sequences: `concat` runs them on, each sequence has `seq_len` rows and seq_len + 1 tokens."""
+    """How documents became sequences of `seq_len` rows and seq_len + 1 tokens.
+
+    `concat` and `documents` both run them on, end to end; with `documents` positions and attention begin anew at every
+    document, and the shards say where that is.
+    """
 
     policy: str = "concat"
     seq_len: int

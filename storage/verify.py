@@ -23,8 +23,7 @@ from stillroom.storage.files import sync_directory
 from stillroom.storage.index import INDEX_NAME, MAX_INDEX_BYTES, Index
 from stillroom.storage.inspect_files import Finding
 from stillroom.storage.inspect_shard import ShardCheck, inspect_shard
-from stillroom.storage.invariants import CONCAT
-from stillroom.storage.manifest import Manifest
+from stillroom.storage.manifest import CONCAT, DOCUMENTS, Manifest
 
 _RECORD_LIKE: Final = re.compile(r"(\d{1,12})\.json")
 
@@ -108,7 +107,7 @@ def verify(
             if check.edges is not None and not any(finding.recompute for finding in check.findings):
                 edges[index] = check.edges
             on_progress(done + 1, len(present))
-        if manifest.packing.policy == CONCAT:
+        if manifest.packing.policy in (CONCAT, DOCUMENTS):
             findings += breaks(root, manifest, edges)
     except PermissionError as error:
         raise CacheError(

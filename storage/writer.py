@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -33,7 +34,7 @@ from stillroom.storage.commits import (
 from stillroom.storage.depot import Depot, depot_at
 from stillroom.storage.encode import EncodedRows, encode_rows
 from stillroom.storage.errors import PlanMismatchError
-from stillroom.storage.manifest import MANIFEST_NAME, Manifest
+from stillroom.storage.manifest import DOCUMENTS, MANIFEST_NAME, Manifest
 from stillroom.storage.orphans import collect_orphans
 from stillroom.storage.shard import shard_objects, widths_of
 from stillroom.storage.targets import SparseTargets
@@ -66,6 +67,7 @@ class CacheWriter:
     Attributes:
         root: what `open_cache` takes.
         manifest: of the cache, as it was found or put.
+        encode_s, commit_s: seconds it spent so far on making bytes, and on writing, flushing and committing them.
 
     Raises:
         PlanMismatchError: the place belongs to another run.
@@ -84,6 +86,7 @@ class CacheWriter:
     ) -> None:
         keep_scratch()
         self._background = Background(waiting)
+        self.encode_s = self.commit_s = 0.0
         self.depot: Final = depot_at(root, storage_options=storage_options)
         self.root: Final = self.depot.root
         self.depot.prepare(COMMITS, SHARDS)
@@ -124,6 +127,7 @@ class CacheWriter:
         tokens_SL1: npt.NDArray[np.uint32],
         targets: SparseTargets,
         rounding_R3: npt.NDArray[np.float64],
+        starts_SL1: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         """`write_shard`, later. The arrays must not be changed until `close`.
 
@@ -131,8 +135,8 @@ class CacheWriter:
             ValueError: shapes that do not fit the manifest, at once; values that do not, at the next call.
             OSError, CacheError: an earlier shard could not be written; those after it were dropped.
         """
-        self._check_shapes(index, tokens_SL1, targets, rounding_R3)
-        self._background.submit(partial(self._write, index, tokens_SL1, targets, rounding_R3))
+        self._check_shapes(index, tokens_SL1, targets, rounding_R3, starts_SL1)
+        self._background.submit(partial(self._write, index, tokens_SL1, targets, rounding_R3, starts_SL1))
 
     def committed(self) -> set[int]:
         """Indices of the shards that need no more work."""
@@ -152,6 +156,7 @@ class CacheWriter:
         tokens_SL1: npt.NDArray[np.uint32],
         targets: SparseTargets,
         rounding_R3: npt.NDArray[np.float64],
+        starts_SL1: npt.NDArray[np.bool_] | None = None,
     ) -> CommitRecord:
         """Encode, write, flush and commit one shard; if it is committed already, only return its record.
 
@@ -161,13 +166,14 @@ class CacheWriter:
             targets: its S * L rows, sequence after sequence.
             rounding_R3: `[S*L, 3]` float64 uniforms in [0, 1), a pure function of (seed, sequence, row), so that the bytes
                 are a pure function of manifest, index and data.
+            starts_SL1: `[S, L+1]` bool, tokens that begin a document: for packing `documents`, and for no other.
 
         Raises:
             ValueError: shapes or values that do not fit the manifest.
             OSError, CacheError: the disk or the store refused; nothing is committed and the attempt is deleted.
         """
-        self._check_shapes(index, tokens_SL1, targets, rounding_R3)
-        return self._write(index, tokens_SL1, targets, rounding_R3)
+        self._check_shapes(index, tokens_SL1, targets, rounding_R3, starts_SL1)
+        return self._write(index, tokens_SL1, targets, rounding_R3, starts_SL1)
 
     def _write(
         self,
@@ -175,21 +181,25 @@ class CacheWriter:
         tokens_SL1: npt.NDArray[np.uint32],
         targets: SparseTargets,
         rounding_R3: npt.NDArray[np.float64],
+        starts_SL1: npt.NDArray[np.bool_] | None = None,
     ) -> CommitRecord:
         if record := self.record(index):
             return record
         self._check_values(tokens_SL1, rounding_R3)
         seq_len = self.manifest.packing.seq_len
         step = max(1, _BLOCK_ROWS // seq_len)
+        start_s = time.perf_counter()
         blocks = [
             encode_rows(
                 self.manifest,
                 tokens_SL1[i : i + step],
                 targets.slice_rows(i * seq_len, min(i + step, len(tokens_SL1)) * seq_len),
                 rounding_R3[i * seq_len : (i + step) * seq_len],
+                None if starts_SL1 is None else starts_SL1[i : i + step],
             )
             for i in range(0, len(tokens_SL1), step)
         ]
+        self.encode_s += time.perf_counter() - start_s
         return self.write_blocks(index, blocks)
 
     def write_blocks(self, index: int, blocks: list[EncodedRows]) -> CommitRecord:
@@ -204,14 +214,19 @@ class CacheWriter:
         """
         if record := self.record(index):
             return record
+        start_s, encoded_s = time.perf_counter(), 0.0
         widths = widths_of(blocks)
         attempt = f"{SHARDS}/{index:06d}-{secrets.token_hex(8)}.zarr"
         objects: list[ObjectInfo] = []
 
         def hashed() -> Iterator[tuple[str, bytes]]:
+            nonlocal encoded_s
+            mark_s = time.perf_counter()
             for name, data in shard_objects(self.manifest, index, blocks, widths):
                 objects.append(ObjectInfo(name=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
+                encoded_s += time.perf_counter() - mark_s
                 yield name, data
+                mark_s = time.perf_counter()
 
         try:
             self.depot.put_folder(attempt, hashed())
@@ -238,6 +253,8 @@ class CacheWriter:
             if self.depot.surely_absent(record_name(index)):
                 self.depot.discard(attempt)
             raise
+        self.encode_s += encoded_s
+        self.commit_s += time.perf_counter() - start_s - encoded_s
         if won:
             return record
         self.depot.discard(attempt)
@@ -258,14 +275,21 @@ class CacheWriter:
         tokens_SL1: npt.NDArray[np.uint32],
         targets: SparseTargets,
         rounding_R3: npt.NDArray[np.float64],
+        starts_SL1: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         start, stop = self.manifest.shard_range(index)
         seq_len = self.manifest.packing.seq_len
         rows = (stop - start) * seq_len
+        told_apart = self.manifest.packing.policy == DOCUMENTS
         for name, came, wanted in (
             ("tokens_SL1", tokens_SL1.shape, (stop - start, seq_len + 1)),
             ("targets", (targets.rows,), (rows,)),
             ("rounding_R3", rounding_R3.shape, (rows, 3)),
+            (
+                "starts_SL1",
+                () if starts_SL1 is None else starts_SL1.shape,
+                (stop - start, seq_len + 1) if told_apart else (),
+            ),
         ):
             if came != wanted:
                 raise ValueError(

@@ -17,6 +17,7 @@ sys.path.insert(0, str(HERE.parent / "storage"))
 import made  # noqa: E402
 
 from stillroom.storage.cache import open_cache  # noqa: E402
+from stillroom.storage.manifest import PackingInfo  # noqa: E402
 from stillroom.storage.spec import SamplerSpec  # noqa: E402
 
 FIELDS = ("offsets", "ids", "weights", "label_logp", "entropy", "logp")
@@ -36,6 +37,7 @@ SPECS = {
     "random-fast": SamplerSpec(kind="random", draws=12, keep_logp="none"),
     "threshold-small": SamplerSpec(draws=20),
     "random-small": SamplerSpec(kind="random", draws=12, keep_logp="all"),
+    "threshold-documents": SamplerSpec(draws=20),
 }
 
 
@@ -47,13 +49,15 @@ def write(name: str) -> None:
     profile = name.split("-")[-1] if name.endswith(("fast", "small")) else "standard"
     vocab_size = 5000 if name == "systematic" or profile == "small" else 70_000
     sequences = 3 if name == "threshold" else 2
-    plan = made.manifest(
-        SPECS[name], vocab_size=vocab_size, seq_len=8, sequences=sequences, sequences_per_shard=2, profile=profile
-    )
+    packing = PackingInfo(policy="documents" if name.endswith("documents") else "concat", seq_len=8)
+    size = {"vocab_size": vocab_size, "sequences": sequences, "sequences_per_shard": 2}
+    plan = made.manifest(SPECS[name], packing=packing, profile=profile, **size)
     made.write(folder / "cache", plan)
     tokens, targets = open_cache(folder / "cache").read(range(sequences))
     fields = {field: getattr(targets, field) for field in FIELDS}
     expected = {"tokens": tokens.tolist()} | {k: None if v is None else v.tolist() for k, v in fields.items()}
+    if (starts := open_cache(folder / "cache").starts(range(sequences))) is not None:
+        expected["starts"] = starts.astype(int).tolist()
     (folder / "expected.json").write_text(json.dumps(expected) + "\n")
 
 

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 VERSION_1 = {
     "threshold", "threshold-head", "threshold-wide", "random", "random-head", "random-all", "random-wide",
     "random-exponent", "systematic", "top_k", "top_p", "threshold-fast", "random-fast",
-    "threshold-small", "random-small",
+    "threshold-small", "random-small", "threshold-documents",
 }  # fmt: skip
 NAMES = sorted(VERSION_1 | {path.parent.name for path in HERE.glob("*/expected.json")})
 DTYPES = {
@@ -36,6 +36,8 @@ def test_golden(name, reader):
     cache = open_cache(HERE / name / "cache", reader=reader)
     tokens, targets = cache.read(range(len(cache)))
     assert tokens.tolist() == expected["tokens"]
+    starts = cache.starts(range(len(cache)))
+    assert (None if starts is None else starts.astype(int).tolist()) == expected.get("starts")
     for field, dtype in DTYPES.items():
         came = getattr(targets, field)
         if expected[field] is None:

@@ -125,7 +125,33 @@ def shard_data(cache_manifest: Manifest, index: int, empty_rows: bool = True):
     tokens = rng.integers(0, cache_manifest.vocab_size, (stop - start, cache_manifest.packing.seq_len + 1))
     seam = np.arange(start, stop + 1) * 7919 % cache_manifest.vocab_size  # a sequence starts where the one before ends
     tokens[:, 0], tokens[:, -1] = seam[:-1], seam[1:]
-    return tokens.astype(np.uint32), targets(cache_manifest.sampler, p_RV, rng, empty_rows), rng.random((rows, 3))
+    sampled = targets(cache_manifest.sampler, p_RV, rng, empty_rows)
+    data = tokens.astype(np.uint32), sampled, rng.random((rows, 3))
+    if cache_manifest.packing.policy != "documents":
+        return data
+    starts = document_starts(cache_manifest)[start:stop]
+    return data[0], emptied(sampled, ~starts[:, 1:].ravel()), data[2], starts
+
+
+def document_starts(cache_manifest: Manifest) -> np.ndarray:
+    """[S, L+1]: documents of 5 and 8 tokens by turns, cut where a sequence ends."""
+    seq_len, sequences = cache_manifest.packing.seq_len, cache_manifest.sequences
+    stream = np.isin(np.arange(sequences * seq_len + 1) % 13, (0, 5))
+    return np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len]
+
+
+def emptied(sampled: SparseTargets, keep_R: np.ndarray) -> SparseTargets:
+    """The rows, those that are not to be kept without entries."""
+    n_R = np.diff(sampled.offsets)
+    keep_E = np.repeat(keep_R, n_R)
+    return SparseTargets(
+        offsets=np.concatenate([[0], np.cumsum(n_R * keep_R)]),
+        ids=sampled.ids[keep_E],
+        weights=sampled.weights[keep_E],
+        label_logp=sampled.label_logp,
+        entropy=sampled.entropy,
+        logp=None if sampled.logp is None else sampled.logp[keep_E],
+    )
 
 
 def write(root, cache_manifest: Manifest) -> CacheWriter:

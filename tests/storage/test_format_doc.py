@@ -10,6 +10,7 @@ import pytest
 
 from stillroom.storage import commits, layout, manifest, strict
 from stillroom.storage.cache import open_cache
+from stillroom.storage.manifest import PackingInfo
 from stillroom.storage.spec import SamplerSpec
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
@@ -58,11 +59,12 @@ def test_the_table_of_arrays_is_the_layout(made):
     documented = dict(re.findall(r"^\| `(\w+)` \| (\[S[^|]*\]) \|", PAGE, re.M))
     specs = [spec for group in SPECS.values() for spec in group]
     specs += [SamplerSpec(kind="top_k", draws=9), SamplerSpec(kind="random", exponent=0.5, draws=9, keep_logp="none")]
+    documents = PackingInfo(policy="documents", seq_len=16)
     runs = {"token": "[S, L+1]", "row": "[S, L]", "entry": "[S, cap]", "head": "[S, hcap]", "tail": "[S, tcap]"}
     used = {
         array.name: "[S, k, cap/8]" if array.planes else runs[array.run]
         for spec in specs
-        for array in layout.arrays_of(made.manifest(spec, vocab_size=70_000))
+        for array in layout.arrays_of(made.manifest(spec, vocab_size=70_000, packing=documents))
     }
     assert used == documented
 
