@@ -8,6 +8,7 @@ Shapes: `S` sequences of a shard, `L` rows per sequence, `R` = S * L rows.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,25 @@ class RunStats:
     peak_device_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
+    @staticmethod
+    def together(parts: Iterable[RunStats]) -> RunStats:
+        """What several processes did: seconds and memory are those of the longest and the largest, all else adds up."""
+        all_parts = [RunStats(), *parts]
+        stages: Counter[str] = Counter()
+        for part in all_parts:
+            stages.update(part.stages)
+        devices = [part.peak_device_bytes for part in all_parts if part.peak_device_bytes is not None]
+        return RunStats(
+            shards=sum(part.shards for part in all_parts),
+            sequences=sum(part.sequences for part in all_parts),
+            seconds=max(part.seconds for part in all_parts),
+            stages=dict(stages),
+            bad_rows=sum(part.bad_rows for part in all_parts),
+            peak_host_bytes=max(part.peak_host_bytes for part in all_parts),
+            peak_device_bytes=max(devices, default=None),
+            notes=tuple(note for part in all_parts for note in part.notes),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class CacheResult:
@@ -65,7 +85,7 @@ class CacheResult:
         sequences, rows: size of the whole cache.
         shards: shards of the plan; `shards_before` of them were there already.
         seconds: wall time of this run's shards.
-        stats: what this process did, where its time went and what memory it took.
+        stats: what its processes did in this run, where their time went and what memory they took.
     """
 
     out: Path | str
@@ -163,7 +183,9 @@ def run_shards(
 def _batches(prepared: Prepared, shard: int) -> list[Batch]:
     """The sequences of a shard, in batches of the run's size."""
     first, stop = prepared.manifest.shard_range(shard)
-    return Batch(first, prepared.corpus.tokens_SL1[first:stop]).split(prepared.config.batch_size)
+    corpus = prepared.corpus
+    keep_SL = None if corpus.mask_SL is None else corpus.mask_SL[first:stop]
+    return Batch(first, corpus.tokens_SL1[first:stop], keep_BL=keep_SL).split(prepared.config.batch_size)
 
 
 def _rounding(seed: int, sequences_S: npt.NDArray[np.int64], rows: int) -> npt.NDArray[np.float64]:

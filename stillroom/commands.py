@@ -14,7 +14,7 @@ from stillroom.storage.errors import InputError
 if TYPE_CHECKING:
     from stillroom.demo import DemoResult
     from stillroom.pipeline.config import CacheConfig
-    from stillroom.pipeline.run import CacheResult
+    from stillroom.pipeline.run import CacheResult, RunStats
     from stillroom.storage.cache import Cache
     from stillroom.storage.progress import Seen
     from stillroom.train.config import TrainConfig
@@ -102,8 +102,11 @@ def cache(config: CacheConfig, as_json: bool) -> CacheResult:
                 ("rows", f"{result.rows:,}"),
                 ("shards", f"{result.shards} ({result.shards_before} were there)"),
                 ("seconds", f"{result.seconds:.1f}"),
+                *_stage_figures(result.stats),
             ],
         )
+        if result.stats.shards:
+            _show_stages(result.stats)
     return result
 
 
@@ -182,6 +185,22 @@ def demo(config: DemoConfig, as_json: bool) -> DemoResult:
     if not as_json:
         result.show()
     return result
+
+
+def _stage_figures(stats: RunStats) -> list[tuple[str, str]]:
+    found = [("most memory, host", f"{stats.peak_host_bytes / 2**20:,.0f} MiB")] if stats.shards else []
+    if stats.peak_device_bytes is not None:
+        found.append(("most memory, device", f"{stats.peak_device_bytes / 2**20:,.0f} MiB"))
+    if stats.bad_rows:
+        found.append(("bad rows left out", f"{stats.bad_rows:,}"))
+    return found + [("note", note) for note in stats.notes]
+
+
+def _show_stages(stats: RunStats) -> None:
+    """Seconds by stage and their share of the time worked; encode and commit run beside the others."""
+    total = sum(stats.stages.values())
+    rows = [(name, f"{seconds:.2f}", f"{seconds / total:.1%}") for name, seconds in stats.stages.items()]
+    show_table("stages", ("stage", "seconds", "share"), rows)
 
 
 def _inspection(opened: Cache, sample: int) -> Inspection:

@@ -19,7 +19,7 @@ from stillroom.pipeline.engines.here import run_place, sequences_of, settle_inde
 from stillroom.pipeline.engines.ranks import Place, place
 from stillroom.pipeline.engines.stop import Stop
 from stillroom.pipeline.prepare import Progress, prepare
-from stillroom.pipeline.run import CacheResult
+from stillroom.pipeline.run import CacheResult, RunStats
 from stillroom.storage.depot import Depot, depot_at
 from stillroom.storage.errors import InputError
 from stillroom.storage.index import read_index
@@ -52,18 +52,19 @@ def build(config: CacheConfig, on_progress: Progress, stop: Stop) -> CacheResult
     if config.engine == "local":
         from stillroom.pipeline.engines.local import run_local
 
-        before = run_local(config, at, on_progress).before
+        local = run_local(config, at, on_progress)
+        before, stats = local.before, [RunStats(**{**told, "notes": tuple(told["notes"])}) for told in local.stats]
     else:
         from stillroom.pipeline.engines.on_ray import run_ray
 
         if config.rank is not None:
             raise InputError("--rank and --ranks came with --engine ray, which deals the shards itself: drop them")
-        before, _ = run_ray(config, on_progress)
+        before, stats = run_ray(config, on_progress)
     depot = depot_at(config.out)
     manifest = Manifest.from_json(depot.read_json(MANIFEST_NAME))
     if before < manifest.shards:
         settle_index(depot, manifest)
-    return _result(depot, manifest, before, time.perf_counter() - start_s)
+    return _result(depot, manifest, before, time.perf_counter() - start_s, stats)
 
 
 def _build_rank(config: CacheConfig, at: Place, on_progress: Progress, stop: Stop) -> CacheResult:
@@ -73,7 +74,7 @@ def _build_rank(config: CacheConfig, at: Place, on_progress: Progress, stop: Sto
             on_progress = _silent  # one of them speaks, for all
     prepared = prepare(config, on_progress)
     writer, manifest = prepared.writer(), prepared.manifest
-    before, start_s = len(writer.committed()), time.perf_counter()
+    before, start_s, stats = len(writer.committed()), time.perf_counter(), RunStats()
     if at.rank >= manifest.shards:
         logger.warning(
             "worker %d of %d has nothing to do: the plan has %d shards, so take that many workers at most",
@@ -82,15 +83,15 @@ def _build_rank(config: CacheConfig, at: Place, on_progress: Progress, stop: Sto
     elif before < manifest.shards:
         if at.ranks > 1 and not at.rank:
             on_progress = _of_all(writer, on_progress)
-        _, last = run_place(prepared, at, stop, on_progress)
+        stats, last = run_place(prepared, at, stop, on_progress)
         if last:
             settle_index(writer.depot, manifest)
     elif isinstance(writer.root, Path) and not at.rank and read_index(writer.root, manifest) is None:
         settle_index(writer.depot, manifest)  # whoever came last was killed before it could
-    return _result(writer.depot, manifest, before, time.perf_counter() - start_s)
+    return _result(writer.depot, manifest, before, time.perf_counter() - start_s, [stats])
 
 
-def _result(depot: Depot, manifest: Manifest, before: int, seconds: float) -> CacheResult:
+def _result(depot: Depot, manifest: Manifest, before: int, seconds: float, stats: list[RunStats]) -> CacheResult:
     return CacheResult(
         out=depot.root,
         sequences=manifest.sequences,
@@ -98,6 +99,7 @@ def _result(depot: Depot, manifest: Manifest, before: int, seconds: float) -> Ca
         shards=manifest.shards,
         shards_before=before,
         seconds=seconds,
+        stats=RunStats.together(stats),
     )
 
 
