@@ -36,7 +36,7 @@ def to_host(targets: torch_targets.SparseTargets) -> SparseTargets:
 
 
 def spread(targets: torch_targets.SparseTargets, kept_K: torch.Tensor, rows: int) -> torch_targets.SparseTargets:
-    """`K` sampled rows at their places among `rows`; the others are empty, label log-probability and entropy 0.
+    """`K` sampled rows at their places among `rows`; the others are empty, label log-probability and entropy NaN: not known.
 
     Args:
         targets: of the sampled rows.
@@ -47,7 +47,7 @@ def spread(targets: torch_targets.SparseTargets, kept_K: torch.Tensor, rows: int
     offsets = targets.offsets.new_zeros(rows + 1)
     offsets[1:] = counts_N.cumsum(0)
     label_logp_N, entropy_N = (
-        x.new_zeros(rows).index_copy_(0, kept_K, x) for x in (targets.label_logp, targets.entropy)
+        x.new_full((rows,), torch.nan).index_copy_(0, kept_K, x) for x in (targets.label_logp, targets.entropy)
     )
     return torch_targets.SparseTargets(offsets, targets.ids, targets.weights, label_logp_N, entropy_N, targets.logp)
 

@@ -98,12 +98,14 @@ class CacheDataset(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         found = self.cache.read(indices)
-        batch = _split(found.tokens)
-        if not self.with_targets:
-            return batch
-        targets = to_torch(found.targets)
+        batch, targets = _split(found.tokens), to_torch(found.targets)
         mask_BL = (targets.offsets.diff() > 0).view_as(batch.labels_BL)  # rows outside the loss mask keep nothing
-        return Batch(batch.tokens_BL, batch.labels_BL.masked_fill(~mask_BL, IGNORED), mask_BL, targets)
+        return Batch(
+            batch.tokens_BL,
+            batch.labels_BL.masked_fill(~mask_BL, IGNORED),
+            mask_BL,
+            targets if self.with_targets else None,
+        )
 
 
 @final
