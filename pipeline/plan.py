@@ -87,6 +87,7 @@ def make_plan(config: PlanConfig, on_progress: Any = lambda stage, done, total: 
         assert found is not None
         rate = Estimate.exactly(found.rows_per_s, "measured")
     size = rows.times(bytes_per_row)
+    workers = config.workers or config.ranks or 1
     hours = rows.times(Estimate.exactly(1 / rate.value / HOUR_S, rate.source))
     return Plan(
         rows=rows,
@@ -95,9 +96,9 @@ def make_plan(config: PlanConfig, on_progress: Any = lambda stage, done, total: 
         bytes_by_array=by_array,
         rows_per_s=rate,
         size_bytes=size,
-        workers=config.workers,
+        workers=workers,
         worker_hours=hours,
-        wall_hours=_scaled(hours, 1 / config.workers),
+        wall_hours=_scaled(hours, 1 / workers),
         compute_price=None if config.gpu_hour_price is None else _scaled(hours, config.gpu_hour_price),
         price_per_month=None if config.gb_month_price is None else _scaled(size, config.gb_month_price / GB),
         sampler=found.manifest.sampler.to_json() if found else None,
@@ -107,7 +108,7 @@ def make_plan(config: PlanConfig, on_progress: Any = lambda stage, done, total: 
             name: getattr(found, name)
             for name in ("sequences", "rows", "probe_rows", "seconds", "device", "dtype", "rows_with_targets")
         },
-        notes=_notes(config, measuring, rate),
+        notes=_notes(workers, measuring, rate),
     )  # fmt: skip
 
 
@@ -142,12 +143,12 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
     return Estimate(estimate.value * factor, estimate.low * factor, estimate.high * factor, estimate.source)
 
 
-def _notes(config: PlanConfig, measuring: bool, rate: Estimate) -> tuple[str, ...]:
+def _notes(workers: int, measuring: bool, rate: Estimate) -> tuple[str, ...]:
     notes = []
     if rate.source == "measured":
         notes.append("rows per second are this machine's; give --rows-per-s for the machines that will run")
-    if config.workers > 1:
-        notes.append(f"wall time takes {config.workers} workers to be {config.workers} times as fast as one")
+    if workers > 1:
+        notes.append(f"wall time takes {workers} workers to be {workers} times as fast as one")
     if measuring:
         notes.append("intervals are over the first sequences of the corpus: shuffle one that is sorted")
     return tuple(notes)

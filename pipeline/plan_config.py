@@ -26,7 +26,11 @@ class PlanConfig(CacheConfig):
         ge=1,
         description="tokens to plan for, one row each (unset: the corpus, counted by streaming through its text)",
     )
-    workers: int = Field(1, ge=1, description="processes that make shards at the same time, one GPU each")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="workers that share the run, one GPU each, whatever starts them (unset: --ranks, else 1)",
+    )
     measure_sequences: int | None = Field(
         None, ge=2, description="sequences really run to measure sizes, rate and noise (unset: 8,192 rows, at least 8)"
     )

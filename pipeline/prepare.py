@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+from stillroom.pipeline.budget import settled_spec
 from stillroom.pipeline.config import CacheConfig
 from stillroom.pipeline.packing import PackedCorpus, pack, tokenizer_fingerprint
 from stillroom.pipeline.teacher import Teacher, load_tokenizer
@@ -85,11 +86,12 @@ def prepare(config: CacheConfig, on_progress: Progress = lambda stage, done, tot
         InputError: a teacher or corpus that can not be used.
         PlanMismatchError: the directory belongs to another run.
     """
-    spec = config.sampler_spec()
+    config.sampler_spec()  # before anything is loaded: its complaints
     tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
     teacher = Teacher(config)
     _check_fit(config, teacher, tokenizer)
     corpus = pack(config, tokenizer, on_progress=lambda done: on_progress("pack", done, 0))
+    spec = settled_spec(config, teacher, corpus)
     prepared = Prepared(config, _manifest(config, spec, teacher, tokenizer, corpus), corpus, [teacher])
     writer = prepared.writer()
     with tempfile.TemporaryDirectory() as folder:

@@ -34,6 +34,14 @@ class Verb:
 
 
 VERBS = {
+    "plan": Verb(
+        "stillroom.pipeline.plan_config:PlanConfig",
+        "stillroom.planning:plan",
+        "Say what a run of `cache` will take before it is made: bytes, hours, price, gradient noise against N, top-k beside it.",
+        "  stillroom plan --teacher Qwen/Qwen3-0.6B --data corpus.jsonl --workers 8 --gpu-hour-price 2.5\n"
+        "  stillroom plan --teacher Qwen/Qwen3-0.6B --data corpus.jsonl --entries-per-row 12\n"
+        "  stillroom plan --tokens 100000000000 --rows-per-s 20000 --bytes-per-row 32 --workers 64     no teacher is loaded",
+    ),
     "cache": Verb(
         "stillroom.pipeline.config:CacheConfig",
         "stillroom.commands:cache",

@@ -36,7 +36,8 @@ class Weight:
     @property
     def sequences(self) -> npt.NDArray[np.int64]:
         """All bytes of each sequence, `[S]`."""
-        return np.sum(list(self.by_array.values()), axis=0, dtype=np.int64)
+        total: npt.NDArray[np.int64] = np.sum(list(self.by_array.values()), axis=0, dtype=np.int64)
+        return total
 
 
 def weigh(cache: Cache) -> Weight:

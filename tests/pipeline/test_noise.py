@@ -10,7 +10,7 @@ from stillroom.kernels.sample import sample
 from stillroom.pipeline.intervals import Estimate, mean_of, ratio_of, student_t
 from stillroom.pipeline.noise import squared_error
 
-VOCABULARY, REPEATS = 48, 4000
+VOCABULARY, REPEATS = 48, 2000
 
 
 def _logits(sharpness: float) -> torch.Tensor:
@@ -31,19 +31,19 @@ def _squared(logits_V: torch.Tensor, kind: str, draws: int, exponent: float = 1.
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 4.0])
-@pytest.mark.parametrize("draws", [1, 7, 50])
+@pytest.mark.parametrize("draws", [1, 20])
 @pytest.mark.parametrize("kind", ["threshold", "systematic", "stratified", "random"])
 def test_formula_is_what_the_sampler_does(kind: str, draws: int, sharpness: float) -> None:
     logits_V = _logits(sharpness)
     found_R = _squared(logits_V, kind, draws)
     expected = float(squared_error(logits_V[None], kind, draws)[0])
-    # 24 comparisons; a normal mean strays 4.5 standard errors once in 6,000 runs of all of them. Weights are float32.
+    # 16 comparisons; a normal mean strays 4.5 standard errors once in 9,000 runs of all of them. Weights are float32.
     assert abs(found_R.mean() - expected) <= 4.5 * found_R.std(ddof=1) / REPEATS**0.5 + 1e-7 * (1 + expected)
 
 
 def test_formula_with_a_proposal_exponent() -> None:
     logits_V = _logits(2.0)
-    for exponent in (0.5, 1.3):
+    for exponent in (0.6,):
         found_R = _squared(logits_V, "random", 20, exponent)
         expected = float(squared_error(logits_V[None], "random", 20, exponent=exponent)[0])
         assert abs(found_R.mean() - expected) <= 4.5 * found_R.std(ddof=1) / REPEATS**0.5
