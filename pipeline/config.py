@@ -116,7 +116,8 @@ class CacheConfig(CorpusConfig, TeacherConfig, EngineConfig):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        if self.entries_per_row is not None and "draws" in self.model_fields_set:
+        # By value: a worker gets all settings spelled out, and the default of `draws` then says nothing.
+        if self.entries_per_row is not None and self.draws != type(self).model_fields["draws"].default:
             raise ValueError("draws and entries_per_row both came, and the second is solved for the first: give one")
         return self
 

@@ -62,7 +62,7 @@ def student_t(degrees: int) -> float:
         (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
         (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
     )
-    return x + sum(term / n**power for power, term in enumerate(terms, start=1))
+    return float(x + sum(term / n**power for power, term in enumerate(terms, start=1)))
 
 
 def mean_of(value_S: npt.NDArray[Any]) -> Estimate:
