@@ -34,6 +34,7 @@ DEATHS_EACH: Final = 3  # deaths a worker, on average, without any new commit: t
 logger = logging.getLogger(__name__)
 TICK_S: Final = 0.1
 LOOK_EVERY_S: Final = 1.0
+LINGER_S: Final = 3.0  # between the last commit and the end, for workers to tell their figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def run_local(config: CacheConfig, at: Place, on_progress: Progress) -> LocalRun
     """
     with tempfile.TemporaryDirectory(prefix="stillroom-") as name:
         folder = Path(name)
-        (folder / "config.json").write_text(config.model_dump_json())
+        (folder / "config.json").write_text(config.model_dump_json(exclude_unset=True))
         workers = _Workers(config, at, folder, on_progress)
         try:
             return workers.run()
@@ -85,6 +86,7 @@ class _Workers:
         self._stats: list[dict[str, Any]] = []
         self._restarts = self._deaths = self._seen = 0
         self._manifest: Manifest | None = None
+        self._complete_s: float | None = None
         self._depot: Depot = depot_at(config.out)
 
     def run(self) -> LocalRun:
@@ -101,7 +103,9 @@ class _Workers:
             if self._manifest and time.monotonic() - looked_s > LOOK_EVERY_S:
                 self._look(self._manifest)
                 looked_s = time.monotonic()
-        if self._manifest:
+            if self._complete_s is not None and time.monotonic() - self._complete_s > LINGER_S:
+                break  # who is still starting, or waiting to look again, has nothing to do any more: `stop`
+        if self._manifest and self._complete_s is None:
             self._look(self._manifest)
         return LocalRun(self._before or 0, self._stats, self._restarts)
 
@@ -167,11 +171,12 @@ class _Workers:
         if (status := process.wait()) == 0:
             return
         self._deaths += 1
-        if self._deaths > DEATHS_EACH * self._count:
+        raised_at_once = status > 0 and self._manifest is None  # it would again
+        if self._deaths > DEATHS_EACH * self._count or raised_at_once:
             how = f"signal {-status}" if status < 0 else f"status {status}"
             raise CacheError(
-                f"workers ended {self._deaths} times without a new shard (the last by {how}): see the messages above, and if "
-                "memory is short, take fewer --workers"
+                f"workers ended without a new shard ({self._deaths}, the last by {how}): see the messages above, and if memory "
+                "is short, take fewer --workers"
             )
         self._restarts += 1
         self._start(number)
@@ -180,7 +185,9 @@ class _Workers:
         done = shards_named(self._depot.names(COMMITS))
         if len(done) > self._seen:
             self._seen, self._deaths = len(done), 0
-        self._on_progress("cache", sequences_of(manifest, done), manifest.sequences)
+            self._on_progress("cache", sequences_of(manifest, done), manifest.sequences)
+        if self._complete_s is None and len(done) >= manifest.shards:
+            self._complete_s = time.monotonic()
 
 
 def _cores() -> int:

@@ -5,9 +5,9 @@ No worker talks to another: the commit records are all they share. Each makes it
 the first commit counts and the bytes are the same. Three rules keep that rare:
 
 * the first `IN_HAND` missing shards of a stripe are left to its owner, who is likely to be at them;
-* of the rest, shard number `p` of a stripe is first for rank `-p` (modulo ranks), next for `1 - p`, and so on: while thieves
-  have first choices, no two of them take the same;
-* a stripe that stands still for a few of this worker's shard times is taken over whole, by its neighbour first.
+* shard number `p` of a stripe is for rank `-p` (modulo ranks) to take; rank `1 - p` adopts such shards when none of them was
+  committed for a shard time, and so on: while they are being taken, nobody else takes them;
+* a stripe that stands still for a few of this worker's shard times has lost its owner: then nothing is left to it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from stillroom.storage.errors import InputError
 IN_HAND: Final = 2  # a shard at the teacher and one at the writer
 PATIENCE_SHARDS: Final = 3.0  # a stripe stands still when it has no commit for so many shard times
 PATIENCE_LEAST_S: Final = 2.0
-PATIENCE_UNKNOWN_S: Final = 60.0  # of a worker that has made no shard yet
+TURN_SHARDS: Final = 1.2  # shard times between the turns of two thieves
+MOST_TURNS: Final = 5  # to wait for: where so many neighbours died, twice is better than late
+PACE_UNKNOWN_S: Final = 20.0  # taken for the shard time of a worker that has made none
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,10 @@ def place(config: EngineConfig, environ: Mapping[str, str] | None = None) -> Pla
     return Place(0, 1)
 
 
+class Pause(float):
+    """Seconds to wait before asking again."""
+
+
 class Deal:
     """The shards for one worker, each when it is wanted; ends when the cache has all, or this worker has made them.
 
@@ -81,7 +87,7 @@ class Deal:
         shards: of the plan.
         at: which worker.
         committed: lists the shards that have a record, at the time of the call.
-        clock, sleep: of a test.
+        clock: seconds; of a test.
 
     Attributes:
         last: after the end: whether the last shard was this worker's, so that index.arrow is for it to write.
@@ -94,16 +100,22 @@ class Deal:
         committed: Callable[[], set[int]],
         *,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.last = False
         self._shards: Final = shards
         self._at: Final = at
         self._committed: Final = committed
         self._clock: Final = clock
-        self._sleep: Final = sleep
 
     def __iter__(self) -> Iterator[int]:
+        for step in self.steps():
+            if isinstance(step, Pause):
+                time.sleep(step)
+            else:
+                yield step
+
+    def steps(self) -> Iterator[int | Pause]:
+        """The same, and where only others' shards are left, how long to wait before the next look."""
         at, began_s, mine = self._at, self._clock(), set[int]()
         done = self._committed()
         for shard in range(at.rank, self._shards, at.ranks):
@@ -111,34 +123,41 @@ class Deal:
                 mine.add(shard)
                 self.last = True
                 yield shard
-        moved: dict[int, tuple[list[int], float]] = {}  # of a stripe: its missing shards, and since when they are these
-        while missing := set(range(self._shards)) - self._committed() - mine:
+        stripes, classes, adopted = _Still(), _Still(), 0
+        while missing := sorted(set(range(self._shards)) - self._committed() - mine):
             now = self._clock()
-            pace_s = (now - began_s) / len(mine) if mine else None
-            stripes = defaultdict[int, list[int]](list)
-            for shard in sorted(missing):
-                stripes[shard % at.ranks].append(shard)
-            free = list[int]()
-            for stripe, left in stripes.items():
-                if stripe not in moved or moved[stripe][0] != left:
-                    moved[stripe] = (left, now)
-                stands_still = now - moved[stripe][1] > patience_s(at, stripe, pace_s)
-                free += left if stands_still else left[IN_HAND:]
-            self.last = bool(free)
-            if free:
-                shard = min(free, key=lambda s: ((at.rank + s // at.ranks) % at.ranks, -s))
+            pace_s = (now - began_s) / len(mine) if mine else PACE_UNKNOWN_S
+            owned, free = defaultdict[int, list[int]](list), defaultdict[int, list[int]](list)
+            for shard in missing:
+                owned[shard % at.ranks].append(shard)
+            for stripe, left in owned.items():
+                lost = stripes.since_s(stripe, left, now) > max(PATIENCE_LEAST_S, PATIENCE_SHARDS * pace_s)
+                for shard in left if lost else left[IN_HAND:]:
+                    free[(at.rank + shard // at.ranks) % at.ranks].append(shard)
+            idle_s = {turn: classes.since_s(turn, left, now) for turn, left in free.items()}
+            orphaned = [turn for turn in free if idle_s[turn] > TURN_SHARDS * pace_s * min(turn, MOST_TURNS)]
+            turn = next((turn for turn in (0, adopted, *sorted(orphaned)) if turn in free), None)
+            self.last = turn is not None
+            if turn is None:
+                yield Pause(min(2.0, max(0.05, pace_s / 10)))
+            else:  # first choices from the end, as the owner comes from the front; others' choices the other way
+                adopted = turn
+                shard = min(free[turn]) if turn else max(free[turn])
                 mine.add(shard)
                 yield shard
-            else:
-                self._sleep(min(2.0, max(0.05, (pace_s or 1.0) / 10)))
 
 
-def patience_s(at: Place, stripe: int, pace_s: float | None) -> float:
-    """Seconds without a commit after which the worker at `at`, who makes a shard in `pace_s`, takes over `stripe`."""
-    before_us = (at.rank - stripe) % at.ranks - 1
-    if pace_s is None:
-        return PATIENCE_UNKNOWN_S * (1 + before_us)
-    return max(PATIENCE_LEAST_S, PATIENCE_SHARDS * pace_s) * (1 + before_us / 2)
+class _Still:
+    """Since when lists of shards are what they are."""
+
+    def __init__(self) -> None:
+        self._lists: dict[int, tuple[list[int], float]] = {}
+
+    def since_s(self, key: int, shards: list[int], now_s: float) -> float:
+        """Seconds for which the list of this key has been `shards`."""
+        if key not in self._lists or self._lists[key][0] != shards:
+            self._lists[key] = (shards, now_s)
+        return now_s - self._lists[key][1]
 
 
 def _slurm(told: Mapping[str, str]) -> Place:

@@ -64,7 +64,7 @@ def _prepared(folder: Path, tell: Tell) -> Prepared:
             told_s = time.monotonic()
             tell("progress", stage, done, total)
 
-    prepared = prepare(CacheConfig.model_validate_json((folder / "config.json").read_text()), progress)
+    prepared = prepare(CacheConfig(**json.loads((folder / "config.json").read_text())), progress)
     before = len(prepared.writer().committed())
     save(prepared, folder)
     tell("prepared", before)
