@@ -131,7 +131,7 @@ class Sampling:
         source, todo, flying = iter(batches), deque[Batch](), deque[_Flight]()
         while True:
             if not todo:
-                todo.extend(islice(source, 1))
+                todo.extend(part for batch in islice(source, 1) for part in batch.split(self.batch_size))
             if not todo and not flying:
                 return
             try:
