@@ -17,6 +17,7 @@ import torch
 from stillroom.pipeline.teacher import Teacher
 from stillroom.storage.cache import Cache
 from stillroom.storage.errors import InputError
+from stillroom.storage.segments import positions_of
 
 BUCKET_EDGES: Final = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0 + 1e-6)
 # Chance that a sound cache is called biased: two-sided normal tail over all buckets together.
@@ -81,12 +82,17 @@ def audit_line(cache: Cache, teacher: Teacher, *, sequences: int = 8, seed: int 
     for index in chosen:
         item = cache[int(index)]
         tokens_L1 = torch.from_numpy(item.tokens.astype(np.int64))
-        logits_LV = next(iter(teacher.logits(tokens_L1[None, :-1])))
-        logp_LV = logits_LV.double().log_softmax(-1).cpu().numpy()
+        starts = cache.starts([int(index)])
+        positions = None if starts is None else torch.from_numpy(positions_of(starts))
+        kept_L = np.diff(item.targets.offsets) > 0  # rows outside the loss mask keep nothing, and promise nothing
+        if not kept_L.any():
+            continue
+        logits_LV = teacher.head(teacher.body(tokens_L1[None, :-1], positions)[0])
+        logp_LV = logits_LV.double().log_softmax(-1).cpu().numpy()[kept_L]
         p_LV = np.exp(logp_LV)
-        label_L = logp_LV[np.arange(len(p_LV)), item.tokens[1:].astype(np.int64)]
-        label_gap = max(label_gap, float(np.abs(label_L - item.targets.label_logp).max()))
-        row_E = np.repeat(np.arange(len(p_LV)), np.diff(item.targets.offsets))
+        label_L = logp_LV[np.arange(len(p_LV)), item.tokens[1:].astype(np.int64)[kept_L]]
+        label_gap = max(label_gap, float(np.abs(label_L - item.targets.label_logp[kept_L]).max()))
+        row_E = np.repeat(np.arange(len(p_LV)), np.diff(item.targets.offsets)[kept_L])
         kept_p_E = p_LV[row_E, item.targets.ids]
         excess_RG.append(_excess(p_LV, row_E, kept_p_E, item.targets.weights))
         kept.append(np.bincount(row_E, kept_p_E, len(p_LV)))

@@ -32,6 +32,10 @@ class CorpusConfig(BaseModel):
     tokenize_workers: int = Field(
         0, ge=0, le=256, description="processes that tokenise ahead (0: this one; changes speed only)"
     )
+    packing: Literal["concat", "documents"] = Field(
+        "concat",
+        description="documents end to end; with `documents` positions and attention begin anew at each, for teacher and student",
+    )
     seq_len: int = Field(1024, ge=2, le=1 << 20, description="rows per sequence")
     max_sequences: int | None = Field(None, ge=1, description="keep only the first so many sequences of the corpus")
 

@@ -35,9 +35,11 @@ class PackedCorpus:
         tokens_SL1: `[S, L+1]` uint32; the last id of a sequence is the first of the next, so every token after the first
             is the label of exactly one row.
         documents: number of documents packed.
-        fingerprint: SHA-256 over the packed ids, and over the mask where there is one: the same text under the same
+        fingerprint: SHA-256 over the packed ids, and over mask and beginnings where there are any: the same text under the same
             tokenizer and packing, whatever its files.
-        mask_SL: `[S, L]` bool, rows that get targets: those whose label the assistant wrote; None: all rows.
+        mask_SL: `[S, L]` bool, rows that get targets: their label is the assistant's and, with packing `documents`, of the
+            row's own document; None: all rows.
+        starts_SL1: `[S, L+1]` bool, tokens that begin a document; None: packing `concat`, which does not tell them apart.
         skipped: broken records that were passed over.
         empty: documents without text that were passed over.
     """
@@ -46,6 +48,7 @@ class PackedCorpus:
     documents: int
     fingerprint: str
     mask_SL: npt.NDArray[np.bool_] | None = None
+    starts_SL1: npt.NDArray[np.bool_] | None = None
     skipped: int = 0
     empty: int = 0
 
@@ -70,10 +73,10 @@ def pack(
     folder: Path | None = None,
     on_progress: Callable[[int], None] = lambda documents: None,
 ) -> PackedCorpus:
-    """Read, tokenise and pack the corpus (`concat`: documents end to end, text closed by the end-of-text id).
+    """Read, tokenise and pack the corpus: documents end to end, text closed by the end-of-text id.
 
-    Memory does not grow with the corpus: ids go to a file without a name (4 bytes a token, and one for the loss mask), whose
-    room is given back when the last view of it is gone.
+    Memory does not grow with the corpus: ids go to a file without a name (4 bytes a token, one more for a loss mask and one for
+    beginnings), whose room is given back when the last view of it is gone.
 
     Args:
         config: source, column, sequence length, number of sequences to keep.
@@ -82,12 +85,11 @@ def pack(
         on_progress: told the number of documents tokenised so far.
 
     Raises:
-        InputError: a source that can not be used, text shorter than one sequence, or a conversation corpus without one token
-            of the assistant's.
+        InputError: a source that can not be used, text shorter than one sequence, or one that leaves no row to learn.
     """
     wanted = None if config.max_sequences is None else config.max_sequences * config.seq_len + 1
     with ExitStack() as open_files:
-        spill = _Spill(folder, open_files)
+        spill = _Spill(folder, open_files, with_starts=config.packing == "documents")
         for tokens in tokenised(config, tokenizer):
             _check_bad(config, tokens, spill.bad)
             spill.add(tokens, wanted)
@@ -104,31 +106,36 @@ def pack(
                 f"source {config.data} gives {spill.length} tokens, wanted at least {config.seq_len + 1} for one sequence: "
                 "add text or lower --seq-len"
             )
-        ids_N, mask_N = spill.mapped()
+        ids_N, mask_N, starts_N = spill.mapped()
     tokens_SL1 = _windows(ids_N, sequences, config.seq_len)
     mask_SL = None if mask_N is None else _windows(mask_N, sequences, config.seq_len)[:, 1:]
     if mask_SL is not None and not any(block.any() for block in _blocks(mask_SL)):
         raise InputError(
             f"source {config.data} holds no token of the assistant's, so there is nothing to learn: "
             "check the roles in --messages-column and the chat template"
+            if config.messages_column is not None
+            else f"every document of {config.data} is one token long, so there is nothing to learn: use --packing concat"
         )
+    starts_SL1 = None if starts_N is None else _windows(starts_N, sequences, config.seq_len)
     return PackedCorpus(
         tokens_SL1,
         documents=spill.documents,
-        fingerprint=_fingerprint(tokens_SL1, mask_SL),
+        fingerprint=_fingerprint(tokens_SL1, mask=mask_SL, starts=starts_SL1),
         mask_SL=mask_SL,
+        starts_SL1=starts_SL1,
         skipped=spill.skipped,
         empty=spill.empty,
     )
 
 
 class _Spill:
-    """The stream of ids, and of the loss mask where there is one, on its way to disk."""
+    """The stream of ids on its way to disk, beside it those of the loss mask and of beginnings where there are any."""
 
-    def __init__(self, folder: Path | None, open_files: ExitStack) -> None:
+    def __init__(self, folder: Path | None, open_files: ExitStack, *, with_starts: bool) -> None:
         self._folder, self._open_files = folder, open_files
         self._ids = self._new_file()
         self._mask: IO[bytes] | None = None
+        self._starts = self._new_file() if with_starts else None
         self.length = self.documents = self.skipped = self.empty = self.bad = 0
 
     def _new_file(self) -> IO[bytes]:
@@ -143,9 +150,15 @@ class _Spill:
         count = int(ends_D[many - 1]) - self.length if many else 0
         try:
             tokens.ids_N[:count].astype("<u4", copy=False).tofile(self._ids)
-            if tokens.mask_N is not None:
+            mask_N = None if tokens.mask_N is None else tokens.mask_N[:count]
+            if self._starts is not None:
+                starts_N = np.zeros(count, np.bool_)
+                starts_N[(ends_D - tokens.lengths_D)[:many] - self.length] = True
+                starts_N.tofile(self._starts)
+                mask_N = ~starts_N if mask_N is None else mask_N & ~starts_N
+            if mask_N is not None:
                 self._mask = self._new_file() if self._mask is None else self._mask
-                tokens.mask_N[:count].tofile(self._mask)
+                mask_N.tofile(self._mask)
         except OSError as error:
             raise InputError(
                 f"the packed corpus does not fit on its disk ({error.strerror or error}) after {self.length:,} tokens: "
@@ -156,14 +169,19 @@ class _Spill:
         self.bad += len(tokens.bad)
         self.skipped, self.empty = self.bad + tokens.skipped, tokens.empty
 
-    def mapped(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_] | None]:
-        """The streams `[N]`; they outlive the open files."""
+    def mapped(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_] | None, npt.NDArray[np.bool_] | None]:
+        """Ids, mask and beginnings, `[N]`; they outlive the open files."""
         self._ids.flush()
         ids_N: npt.NDArray[np.uint32] = np.memmap(self._ids, "<u4", mode="r")
-        if self._mask is None:
-            return ids_N, None
-        self._mask.flush()
-        return ids_N, np.memmap(self._mask, np.bool_, mode="r")
+        return ids_N, _flags(self._mask), _flags(self._starts)
+
+
+def _flags(file: IO[bytes] | None) -> npt.NDArray[np.bool_] | None:
+    if file is None:
+        return None
+    file.flush()
+    flags_N: npt.NDArray[np.bool_] = np.memmap(file, np.bool_, mode="r")
+    return flags_N
 
 
 def _check_bad(config: CorpusConfig, tokens: Tokens, before: int) -> None:
@@ -183,12 +201,13 @@ def _blocks(array_SL: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
         yield array_SL[start : start + step]
 
 
-def _fingerprint(tokens_SL1: npt.NDArray[np.uint32], mask_SL: npt.NDArray[np.bool_] | None) -> str:
+def _fingerprint(tokens_SL1: npt.NDArray[np.uint32], **flags: npt.NDArray[np.bool_] | None) -> str:
     digest = hashlib.sha256(np.array(tokens_SL1.shape, "<i8").tobytes())
     for block in _blocks(tokens_SL1):
         digest.update(np.ascontiguousarray(block, "<u4").data)
-    if mask_SL is not None:
-        digest.update(b"mask")
-        for block in _blocks(mask_SL):
-            digest.update(np.packbits(block, axis=1).data)
+    for name, array in flags.items():
+        if array is not None:
+            digest.update(name.encode())
+            for block in _blocks(array):
+                digest.update(np.packbits(block, axis=1).data)
     return digest.hexdigest()

@@ -106,6 +106,8 @@ def _check_fit(config: CacheConfig, teacher: Teacher, tokenizer: Any) -> None:
             f"the tokenizer of {config.teacher} has {len(tokenizer)} ids, its model's vocabulary {teacher.vocab_size}: "
             "give the teacher the tokenizer it was trained with"
         )
+    if config.packing == "documents":
+        teacher.check_documents()
     if teacher.max_length is not None and config.seq_len > teacher.max_length:
         raise InputError(
             f"seq_len came as {config.seq_len}, the teacher reads at most {teacher.max_length} positions: lower --seq-len"
@@ -130,7 +132,7 @@ def _manifest(
             documents=corpus.documents,
             tokens=int(corpus.tokens_SL1.shape[0]) * config.seq_len + 1,
         ),
-        packing=PackingInfo(policy="concat", seq_len=config.seq_len),
+        packing=PackingInfo(policy=config.packing, seq_len=config.seq_len),
         sampler=spec,
         vocab_size=teacher.vocab_size,
         sequences=len(corpus.tokens_SL1),

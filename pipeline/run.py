@@ -25,6 +25,7 @@ from stillroom.pipeline.prepare import Prepared, Progress
 from stillroom.pipeline.stage_clock import StageClock
 from stillroom.pipeline.stages import Batch, Sampling
 from stillroom.storage.manifest import Manifest
+from stillroom.storage.segments import positions_of
 from stillroom.storage.targets import SparseTargets
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ def run_shards(
             if shard in before:
                 continue
             first, stop = manifest.shard_range(shard)
-            tokens_SL1 = prepared.corpus.tokens_SL1[first:stop]
+            tokens_SL1, starts_SL1 = prepared.corpus.tokens_SL1[first:stop], prepared.corpus.starts_SL1
+            starts_SL1 = None if starts_SL1 is None else starts_SL1[first:stop]
             parts = []
             for batch, targets in sampling(_batches(prepared, shard)):
                 parts.append(targets)
@@ -161,7 +163,7 @@ def run_shards(
                 on_progress("cache", had + sequences, manifest.sequences)
             rounding_R3 = _rounding(prepared.spec.seed, np.arange(first, stop), config.seq_len)
             with clock.host("wait"):
-                writer.submit(shard, tokens_SL1, SparseTargets.concat(parts), rounding_R3)
+                writer.submit(shard, tokens_SL1, SparseTargets.concat(parts), rounding_R3, starts_SL1)
             made += 1
         with clock.host("wait"):
             writer.close()
@@ -185,7 +187,8 @@ def _batches(prepared: Prepared, shard: int) -> list[Batch]:
     first, stop = prepared.manifest.shard_range(shard)
     corpus = prepared.corpus
     keep_SL = None if corpus.mask_SL is None else corpus.mask_SL[first:stop]
-    return Batch(first, corpus.tokens_SL1[first:stop], keep_BL=keep_SL).split(prepared.config.batch_size)
+    positions_SL = None if corpus.starts_SL1 is None else positions_of(corpus.starts_SL1[first:stop])
+    return Batch(first, corpus.tokens_SL1[first:stop], positions_SL, keep_SL).split(prepared.config.batch_size)
 
 
 def _rounding(seed: int, sequences_S: npt.NDArray[np.int64], rows: int) -> npt.NDArray[np.float64]:

@@ -10,7 +10,9 @@ from typing import Final
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+from stillroom.kernels.apart import mixing
 from stillroom.pipeline.config import TeacherConfig
 from stillroom.pipeline.teacher_identity import fingerprint
 from stillroom.pipeline.teacher_load import load_model, load_tokenizer
@@ -71,13 +73,35 @@ class Teacher:
             tokens_BL: int64 ids.
             positions_BL: int64 positions that start again with every document, which the model then reads on its own.
         """
+        length = tokens_BL.shape[1]
+        if positions_BL is not None:
+            # The library builds its mask of documents where a batch has more than one in a sequence, and otherwise computes
+            # another way: a last token that is a document of its own keeps it at one way, whatever the batch.
+            tokens_BL, positions_BL = (functional.pad(x, (0, 1)) for x in (tokens_BL, positions_BL))
         inputs = {"input_ids": tokens_BL.to(self.device, non_blocking=True), "use_cache": False}
         if positions_BL is not None:
             inputs["position_ids"] = positions_BL.to(self.device, non_blocking=True)
         model = self._body if self.chunked_head else self._model
         output = model(**inputs)
         states_BLX: torch.Tensor = output.last_hidden_state if self.chunked_head else output.logits
-        return states_BLX
+        return states_BLX[:, :length]
+
+    def check_documents(self) -> None:
+        """Refuse a model that can not read packed documents apart.
+
+        Raises:
+            InputError: naming what it does instead.
+        """
+
+        def logits(tokens_BL: torch.Tensor, positions_BL: torch.Tensor) -> torch.Tensor:
+            return torch.stack([self.head(states_LX) for states_LX in self.body(tokens_BL, positions_BL)])
+
+        wrong = mixing(logits, vocab_size=self.vocab_size, dtype=self.dtype, device=self.device)
+        if wrong is not None:
+            raise InputError(
+                f"teacher {self.name} ({self._model.config.model_type}) does not read packed documents apart ({wrong}): use "
+                "--attn-implementation sdpa, or --packing concat"
+            )
 
     @torch.inference_mode()
     def head(self, states_NX: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -21,6 +21,7 @@ from stillroom.kernels.targets import SparseTargets
 from stillroom.storage import targets as storage_targets
 from stillroom.storage.cache import Cache, Follower
 from stillroom.storage.errors import InputError
+from stillroom.storage.segments import positions_of
 from stillroom.storage.stream import StreamOrder
 from stillroom.train.batch import Batch
 
@@ -97,7 +98,7 @@ class CacheDataset(Dataset[Batch]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        found = self.cache.read(indices)
+        found, starts_BL1 = self.cache.read(indices), self.cache.starts(indices)
         batch, targets = _split(found.tokens), to_torch(found.targets)
         mask_BL = (targets.offsets.diff() > 0).view_as(batch.labels_BL)  # rows outside the loss mask keep nothing
         return Batch(
@@ -105,6 +106,7 @@ class CacheDataset(Dataset[Batch]):
             batch.labels_BL.masked_fill(~mask_BL, IGNORED),
             mask_BL,
             targets if self.with_targets else None,
+            None if starts_BL1 is None else torch.from_numpy(positions_of(starts_BL1)),
         )
 
 

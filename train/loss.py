@@ -27,14 +27,14 @@ class Objective:
         vocab_size: columns of the logits that take part; those beyond it are masked to -inf, which is to say left out.
         alpha: share of hard-label cross-entropy.
         missing: what becomes of mass the targets do not hold; any value for targets that sum to one.
-        teacher: the live teacher of `full_kd`: tokens `[B, L]` to logits `[N, V]`.
+        teacher: the live teacher of `full_kd`: tokens `[B, L]`, and positions where there are any, to logits `[N, V]`.
     """
 
     name: LossName
     vocab_size: int
     alpha: float = 0.0
     missing: MissingMass = "truncate"
-    teacher: Callable[[torch.Tensor], torch.Tensor] | None = None
+    teacher: Callable[..., torch.Tensor] | None = None
 
     def __call__(self, logits_NV: torch.Tensor, batch: Batch, rows: float | torch.Tensor) -> LossTerms:
         """Loss of one micro-batch.
@@ -45,7 +45,7 @@ class Objective:
             rows: rows with a label in the whole optimizer step, which the loss is a mean over: micro-batches of any size
                 then add up to the same gradient.
         """
-        weights_N = torch.ones(logits_NV.shape[0], device=logits_NV.device) / rows
+        weights_N = batch.mask_BL.flatten().float() / rows  # a dense teacher speaks outside the mask too
         return LOSSES[self.name](self, logits_NV[:, : self.vocab_size], batch, weights_N)
 
 
@@ -85,7 +85,8 @@ def _ce(objective: Objective, logits_NV: torch.Tensor, batch: Batch, weights_N: 
 
 def _full_kd(objective: Objective, logits_NV: torch.Tensor, batch: Batch, weights_N: torch.Tensor) -> LossTerms:
     assert objective.teacher is not None
-    teacher_NV = objective.teacher(batch.tokens_BL)
+    told_apart = () if batch.positions_BL is None else (batch.positions_BL,)
+    teacher_NV = objective.teacher(batch.tokens_BL, *told_apart)
     labels_N = batch.labels_BL.flatten()
     out = dense_kd_loss(logits_NV, teacher_NV, labels_N, alpha=objective.alpha, row_weights_N=weights_N)
     return LossTerms(out.loss, weights_N @ out.kd_N, weights_N @ out.ce_N)
@@ -113,8 +114,11 @@ class LiveTeacher:
     dtype: torch.dtype = torch.float32
 
     @torch.no_grad()
-    def __call__(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, V]` for tokens `[B, L]`."""
+    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `[N, V]` for tokens `[B, L]`, at positions that start again with every document if they are given."""
+        inputs = (
+            {"input_ids": tokens_BL} if positions_BL is None else {"input_ids": tokens_BL, "position_ids": positions_BL}
+        )
         with torch.autocast(tokens_BL.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            logits_BLV: torch.Tensor = self.model(input_ids=tokens_BL, use_cache=False).logits
+            logits_BLV: torch.Tensor = self.model(**inputs, use_cache=False).logits
         return logits_BLV.flatten(0, 1)[:, : self.vocab_size]

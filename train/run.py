@@ -16,12 +16,13 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
+from stillroom.storage.manifest import DOCUMENTS
 from stillroom.train.card import model_card
 from stillroom.train.config import TrainConfig
 from stillroom.train.folder import RunFolder, step_of
 from stillroom.train.loss import LiveTeacher, Objective
 from stillroom.train.plan import Plan, make_plan
-from stillroom.train.student import copy_tokenizer, load_model, quiet
+from stillroom.train.student import check_documents, copy_tokenizer, load_model, quiet
 from stillroom.train.trainer import Progress, StillroomTrainer
 
 LIBRARIES: Final = ("stillroom", "torch", "transformers", "accelerate", "tokenizers", "numpy")
@@ -83,6 +84,10 @@ def train_student(
         return TrainResult(out=config.out, **finished, already_done=True, notes=notes)
     model = load_model(plan.student, role="student", seed=config.seed)
     objective = _objective(plan)
+    if plan.cache is not None and plan.cache.manifest.packing.policy == DOCUMENTS:
+        check_documents(model, plan.student, role="student")
+        if isinstance(objective.teacher, LiveTeacher) and plan.teacher is not None:
+            check_documents(objective.teacher.model, plan.teacher, role="teacher")
     if not begun:
         folder.create(_record(plan, identity))
     elif not config.resume:

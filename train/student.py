@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from stillroom.kernels.apart import mixing
 from stillroom.storage.errors import InputError
 
 TOKENIZER_FILES: Final = (
@@ -99,6 +100,28 @@ def check_length(model: ModelInfo, seq_len: int, *, role: str) -> None:
         raise InputError(
             f"sequences have {seq_len} positions but {role} {model.name} ends at {model.max_length} "
             "(max_position_embeddings): use shorter sequences or another model"
+        )
+
+
+def check_documents(loaded: torch.nn.Module, model: ModelInfo, *, role: str) -> None:
+    """Refuse a model that can not read packed documents apart.
+
+    Raises:
+        InputError: naming what it does instead.
+    """
+    training, weight = loaded.training, next(loaded.parameters())
+
+    def logits(tokens_BL: torch.Tensor, positions_BL: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = loaded(input_ids=tokens_BL, position_ids=positions_BL, use_cache=False).logits
+        return found
+
+    loaded.eval()
+    wrong = mixing(logits, vocab_size=model.vocab_size, dtype=weight.dtype, device=weight.device)
+    loaded.train(training)
+    if wrong is not None:
+        raise InputError(
+            f"{role} {model.name} ({model.config.model_type}) does not read packed documents apart ({wrong}), and the cache was "
+            "made so: give another model, or a cache with packing concat"
         )
 
 

@@ -122,7 +122,7 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
         assert num_items_in_batch is not None
         assert not return_outputs
         batch = inputs["batch"].to(self.args.device)
-        logits_BLV: torch.Tensor = model(input_ids=batch.tokens_BL, use_cache=False).logits
+        logits_BLV: torch.Tensor = model(**batch.inputs, use_cache=False).logits
         terms = self.objective(logits_BLV.flatten(0, 1), batch, num_items_in_batch)
         self._terms += torch.stack([terms.kd, terms.ce])
         world_size: int = self.args.world_size
