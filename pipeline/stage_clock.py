@@ -41,7 +41,7 @@ class StageClock:
                 yield
             return
         stream = torch.cuda.current_stream(device)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record(stream)
         yield
         stop.record(stream)
@@ -67,7 +67,7 @@ class StageClock:
         return dict(self._seconds)
 
     def _settle(self, *, wait: bool) -> None:
-        while self._events and (wait or self._events[0][2].query()):
+        while self._events and (wait or self._events[0][2].query()):  # type: ignore[no-untyped-call]
             name, start, stop = self._events.popleft()
             stop.synchronize()
             self._seconds[name] += start.elapsed_time(stop) / 1000.0

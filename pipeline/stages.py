@@ -163,7 +163,7 @@ class Sampling:
             states_BLX = self._teacher.body(*on_host)  # type: ignore[arg-type]  # tokens are never None
         ready = None
         if states_BLX.is_cuda:
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(states_BLX.device))
         return _Flight(batch, states_BLX, ready)
 

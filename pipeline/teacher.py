@@ -128,9 +128,9 @@ class Teacher:
     def _plain_head(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Weight and bias of the head, or None where it is no plain matrix."""
         head = self._model.get_output_embeddings()
-        weight_VD = getattr(head, "weight", None)
-        if type(head) is not nn.Linear or type(weight_VD) not in (nn.Parameter, torch.Tensor):
+        if type(head) is not nn.Linear or type(head.weight) not in (nn.Parameter, torch.Tensor):
             return None, None
+        weight_VD: torch.Tensor = head.weight
         if not weight_VD.is_floating_point() or weight_VD.element_size() < 2:
             return None, None
         weight_VD = weight_VD.detach()[: self.vocab_size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,13 @@ def load_model(config: TeacherConfig, device: torch.device, dtype: torch.dtype) 
 
 def _with_adapter(model: Any, adapter: str, teacher: str) -> Any:
     try:
-        from peft import PeftModel
+        peft = import_module("peft")
     except ImportError as error:
         raise InputError(
             f"adapter {adapter} needs the package peft, which is not installed: pip install 'stillroom[peft]'"
         ) from error
     try:
-        wrapped = PeftModel.from_pretrained(model, adapter)
+        wrapped = peft.PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise InputError(
             f"adapter {adapter} can not be put on teacher {teacher} ({_first_line(error)}): name a PEFT adapter made for it"
