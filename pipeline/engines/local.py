@@ -120,6 +120,8 @@ class _Workers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
         self._running.clear()
 
     def _start(self, number: int) -> None:

@@ -1,0 +1,194 @@
+"""One process, ranks, local workers, torchrun, Ray: the same bytes; SIGTERM and refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from stillroom.cli import main
+from stillroom.pipeline.config import CacheConfig
+from stillroom.pipeline.run import build_cache
+from stillroom.storage.cache import open_cache
+from stillroom.storage.index import read_index
+from stillroom.storage.verify import verify
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+runs = _load("engine_runs")
+
+
+def settings(teacher: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    common = dict(
+        teacher=str(teacher), data=str(text), out=out, seq_len=32, sequences_per_shard=4, batch_size=4, dtype="float32"
+    )
+    return {**common, **changes}
+
+
+@pytest.fixture(scope="module")
+def alone(teacher_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of the cache one process makes."""
+    out = tmp_path_factory.mktemp("alone") / "c"
+    build_cache(CacheConfig(**settings(teacher_folder, text_file, out)))
+    found = runs.digests(out)
+    assert len(found) > 100
+    return dict(found)
+
+
+def check(cache: Path, alone: dict[str, str]) -> None:
+    assert runs.digests(cache) == alone
+    opened = open_cache(cache)
+    assert read_index(cache, opened.manifest) is not None
+    assert not verify(cache, hashes=True).findings
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_one_after_another(
+    ranks: int, alone: dict[str, str], teacher_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Rank 1 finds all but its own missing and takes them over: any node may die, the rest finish."""
+    config = CacheConfig(**settings(teacher_folder, text_file, tmp_path / "c"), rank=1, ranks=ranks)
+    assert not build_cache(config).already_done
+    check(tmp_path / "c", alone)
+    assert build_cache(config.model_copy(update={"rank": 0})).already_done
+
+
+@pytest.mark.parametrize(
+    ("engine", "workers"),
+    [
+        ("local", 2),
+        ("torchrun", 2),
+        pytest.param("local", 4, marks=pytest.mark.slow),
+        pytest.param("torchrun", 4, marks=pytest.mark.slow),
+        pytest.param("ray", 2, marks=pytest.mark.slow),
+        pytest.param("ray", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_same_bytes_whoever_makes_them(
+    engine: str, workers: int, alone: dict[str, str], teacher_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    if engine == "ray":
+        pytest.importorskip("ray")
+    run = runs.Run(engine, workers, tmp_path / "run", settings(teacher_folder, text_file, tmp_path / "c"))
+    run.to_end()
+    check(tmp_path / "c", alone)
+
+
+def test_sigterm_finishes_the_shard_in_hand(teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    run = runs.Run(
+        "one", 1, tmp_path / "run", settings(teacher_folder, text_file, tmp_path / "c", sequences_per_shard=1)
+    )
+    process = run.start()
+    try:
+        deadline = time.monotonic() + 120
+        while len(run.begun()) < 5:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        runs.end(process)
+    assert "what was committed is kept" in (tmp_path / "run" / "out.txt").read_text()
+    begun = {shard for _, shard in run.begun()}
+    opened = open_cache(tmp_path / "c", partial=True)
+    assert len(opened) == len(begun) < opened.manifest.sequences  # whatever was begun is there
+    assert len(list((tmp_path / "c" / "shards").iterdir())) == len(begun)
+
+
+def test_watch_ends_with_the_run(
+    teacher_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_cache(CacheConfig(**settings(teacher_folder, text_file, tmp_path / "c", max_sequences=8)))
+    assert main(["inspect", str(tmp_path / "c"), "--watch"]) == 0
+    assert "is complete: 2/2 shards" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "c"), "--watch", "0.1", "--json"]) == 0
+    assert '"shards_done": 2' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--workers", "2"], ["--workers", "--engine local"]),
+        (["--engine", "locl"], ["--engine", "local"]),
+        (["--rank", "1"], ["--ranks"]),
+        (["--engine", "ray", "--rank", "0", "--ranks", "2"], ["--rank"]),
+        (["--engine", "local", "--workers", "2", "--teacher", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_refusals(
+    flags: list[str],
+    words: list[str],
+    teacher_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = ["--teacher", str(teacher_folder), "--data", str(text_file), "--out", str(tmp_path / "c")]
+    assert main(["cache", *common, *flags]) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    for word in words:
+        assert word in said.err.splitlines()[-1]
+
+
+def test_ray_not_installed_is_one_sentence(
+    teacher_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # what an import finds where it is not installed
+    common = ["--teacher", str(teacher_folder), "--data", str(text_file), "--out", str(tmp_path / "c")]
+    assert main(["cache", *common, "--engine", "ray"]) == 2
+    assert "pip install 'stillroom[ray]'" in capsys.readouterr().err
+
+
+def test_more_workers_than_shards(
+    teacher_folder: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = CacheConfig(
+        **settings(teacher_folder, text_file, tmp_path / "c", max_sequences=8), engine="local", workers=3
+    )
+    build_cache(config)
+    assert "3 workers were asked for and there are 2 shards" in caplog.text
+    assert len(open_cache(tmp_path / "c")) == 8
+    caplog.clear()
+    late = config.model_copy(update={"engine": "ranks", "workers": None, "rank": 5, "ranks": 6})
+    build_cache(late)
+    assert "worker 5 of 6 has nothing to do" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("engine", ["local", "torchrun", "ray"])
+def test_kills(engine: str, teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """200 tiny shards, four workers, one of them killed every second or two."""
+    if engine == "ray":
+        pytest.importorskip("ray")
+    common = dict(seq_len=16, sequences_per_shard=1, max_sequences=200)
+    build_cache(CacheConfig(**settings(teacher_folder, text_file, tmp_path / "whole", **common)))
+    out = tmp_path / "c"
+    run = runs.Run(engine, 4, tmp_path / "run", settings(teacher_folder, text_file, out, **common), restarts=100)
+    saw = runs.kill_at_random(run, out, 200, kills=12, every_s=(1.0, 2.0), seed=1)
+    print(engine, saw)
+    assert saw["kills"] >= 5
+    assert saw["wasted"] <= saw["kills"]
+    check(out, runs.digests(tmp_path / "whole"))
