@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from stillroom.pipeline.intervals import Estimate, mean_of
-from stillroom.pipeline.noise import squared_error
+from stillroom.pipeline.noise import squared_error, squared_errors
 from stillroom.pipeline.plan_config import PlanConfig
 from stillroom.pipeline.prepare import Progress, prepare
 from stillroom.pipeline.probe import PROBE_SEQUENCES, Probe, probe
@@ -179,9 +179,12 @@ def _noise(rows: Probe, manifest: Manifest, bytes_per_row: float) -> tuple[Noise
         return targets.entries / rows.rows, rows.bytes_of(manifest, made, targets)
 
     _, here = encoded(spec.draws)
+    table = sorted({*NOISE_DRAWS, spec.draws})
+    asked = [(kind, draws) for draws in table for kind in UNBIASED]
+    means = dict(zip(asked, (float(each.mean()) for each in squared_errors(rows.logits_PV, asked)), strict=True))
     lines = []
-    for draws in sorted({*NOISE_DRAWS, spec.draws}):
-        errors = {kind: float(squared_error(rows.logits_PV, kind, draws).mean()) for kind in UNBIASED}
+    for draws in table:
+        errors = {kind: means[kind, draws] for kind in UNBIASED}
         if spec.exponent != 1.0:
             own = squared_error(rows.logits_PV, "random", draws, exponent=spec.exponent)
             errors[f"random, exponent {spec.exponent:g}"] = float(own.mean())

@@ -22,13 +22,14 @@ from stillroom.pipeline.packing import PackedCorpus
 from stillroom.pipeline.teacher import Teacher
 from stillroom.storage.errors import InputError
 from stillroom.storage.manifest import Manifest, PackingInfo
+from stillroom.storage.segments import positions_of
 from stillroom.storage.sizes import bytes_of_rows
 from stillroom.storage.spec import SamplerSpec
 from stillroom.storage.targets import SparseTargets
 
 PROBE_SEQUENCES: Final = 16
 PROBE_ELEMENTS: Final = 1 << 26  # logits kept, 256 MiB
-PROBE_ROWS: Final = 4096  # at most
+PROBE_ROWS: Final = 2048  # at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,11 @@ def probe(teacher: Teacher, corpus: PackedCorpus, *, batch_size: int) -> Probe:
         batch = torch.from_numpy(tokens_SL1[begin : begin + batch_size].astype(np.int64))
         count = len(batch)
         padded = batch if count == batch_size else torch.cat([batch, batch[:1].expand(batch_size - count, -1)])
-        states_BLX = teacher.body(padded[:, :-1])
+        positions_BL = None
+        if corpus.starts_SL1 is not None:
+            places = np.resize(np.arange(begin, begin + count), batch_size)  # a short batch is padded with any sequence
+            positions_BL = torch.from_numpy(positions_of(corpus.starts_SL1[places]))
+        states_BLX = teacher.body(padded[:, :-1], positions_BL)
         for index in range(count):
             kept = np.arange(seq_len) if corpus.mask_SL is None else np.flatnonzero(corpus.mask_SL[begin + index])
             few = min(each, len(kept))
