@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help install demo test test-slow fuzz test-gpu lint format compare bench bench-storage bench-kernels clean
+.PHONY: help install demo test test-slow fuzz test-gpu lint format compare bench bench-storage bench-kernels bench-cache bench-engines clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
@@ -20,11 +20,14 @@ install: $(READY)   ## create .venv with the pinned set
 demo: $(READY)      ## teacher -> cache -> audit line -> students -> table, on Python's own sources (about 6 minutes)
 	$(BIN)/stillroom demo --out runs/demo
 
+# Two files of tests at a time; torch's own threads would only fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 test: $(READY)      ## the default test suite
-	$(BIN)/python -m pytest
+	$(PYTEST) -n 2 --dist loadfile
 
 test-slow: $(READY) ## the long tests
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800
+	$(PYTEST) -n 2 --dist loadfile -m "slow and not gpu" --timeout 1800
 
 fuzz: $(READY)      ## ten minutes of hostile caches (SECONDS=600); guided by coverage where atheris has a wheel
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
@@ -45,13 +48,19 @@ format: $(READY)    ## let ruff rewrite what it can
 compare: $(READY)   ## the paper's experiment in small (up to an hour on two cores): docs/benchmarks/compare.*
 	$(BIN)/python -m benchmarks.compare
 
-bench: bench-storage bench-kernels
+bench: bench-storage bench-kernels bench-cache bench-engines
 
-bench-storage: $(READY) ## bytes per row by array: docs/benchmarks/storage.*
+bench-storage: $(READY) ## bytes per row, rates of writing, reading and loading: docs/benchmarks/storage.*
 	$(BIN)/python -m benchmarks.storage
 
 bench-kernels: $(READY) ## loss and sampler times: docs/benchmarks/kernels.*
 	$(BIN)/python -m benchmarks.kernels
+
+bench-cache: $(READY) ## stage one against the teacher's bare forward: docs/benchmarks/cache.*
+	$(BIN)/python -m benchmarks.cache
+
+bench-engines: $(READY) ## two processes against one: docs/benchmarks/engines.*
+	$(BIN)/python -m benchmarks.engines
 
 clean:              ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist
