@@ -36,7 +36,14 @@ runs = _load("engine_runs")
 
 def settings(teacher: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
     common = dict(
-        teacher=str(teacher), data=str(text), out=out, seq_len=32, sequences_per_shard=4, batch_size=4, dtype="float32"
+        teacher=str(teacher),
+        data=str(text),
+        out=out,
+        seq_len=32,
+        sequences_per_shard=2,
+        batch_size=4,
+        max_sequences=47,
+        dtype="float32",
     )
     return {**common, **changes}
 
@@ -115,7 +122,7 @@ def test_sigterm_finishes_the_shard_in_hand(teacher_folder: Path, text_file: Pat
 def test_watch_ends_with_the_run(
     teacher_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build_cache(CacheConfig(**settings(teacher_folder, text_file, tmp_path / "c", max_sequences=8)))
+    build_cache(CacheConfig(**settings(teacher_folder, text_file, tmp_path / "c", max_sequences=4)))
     assert main(["inspect", str(tmp_path / "c"), "--watch"]) == 0
     assert "is complete: 2/2 shards" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "c"), "--watch", "0.1", "--json"]) == 0
@@ -165,11 +172,11 @@ def test_more_workers_than_shards(
     teacher_folder: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = CacheConfig(
-        **settings(teacher_folder, text_file, tmp_path / "c", max_sequences=8), engine="local", workers=3
+        **settings(teacher_folder, text_file, tmp_path / "c", max_sequences=4), engine="local", workers=3
     )
     build_cache(config)
     assert "3 workers were asked for and there are 2 shards" in caplog.text
-    assert len(open_cache(tmp_path / "c")) == 8
+    assert len(open_cache(tmp_path / "c")) == 4
     caplog.clear()
     late = config.model_copy(update={"engine": "ranks", "workers": None, "rank": 5, "ranks": 6})
     build_cache(late)
