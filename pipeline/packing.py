@@ -52,6 +52,14 @@ class PackedCorpus:
     skipped: int = 0
     empty: int = 0
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was passed over, in words."""
+        counts = ((self.skipped, "broken record", "--skip-bad"), (self.empty, "empty document", "nothing in them"))
+        return tuple(
+            f"{count:,} {what}{'' if count == 1 else 's'} passed over ({why})" for count, what, why in counts if count
+        )
+
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of what decides how text becomes ids: the tokenizer's full JSON, or its vocabulary and special tokens."""

@@ -73,7 +73,7 @@ class RunStats:
             bad_rows=sum(part.bad_rows for part in all_parts),
             peak_host_bytes=max(part.peak_host_bytes for part in all_parts),
             peak_device_bytes=max(devices, default=None),
-            notes=tuple(note for part in all_parts for note in part.notes),
+            notes=tuple(dict.fromkeys(note for part in all_parts for note in part.notes)),
         )
 
 
@@ -178,7 +178,7 @@ def run_shards(
         bad_rows=sampling.bad_rows,
         peak_host_bytes=host,
         peak_device_bytes=device,
-        notes=tuple(sampling.notes),
+        notes=prepared.corpus.notes + tuple(sampling.notes),
     )
 
 

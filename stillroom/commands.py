@@ -234,6 +234,11 @@ def _held_out_tokens(config: EvaluateConfig) -> Any:
         from stillroom.storage.cache import open_cache
 
         opened = open_cache(config.cache)
+        if opened.manifest.packing.policy != "concat":
+            raise InputError(
+                f"cache {config.cache} is packed by {opened.manifest.packing.policy}, and evaluate reads sequences whole: give "
+                "held-out text with --data"
+            )
         return opened.read(range(min(len(opened), config.max_sequences))).tokens
     assert config.data is not None
     from stillroom.pipeline.config import CorpusConfig

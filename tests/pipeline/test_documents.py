@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import stillroom
+from stillroom.cli import main
 from stillroom.pipeline.audit import audit_line
 from stillroom.pipeline.config import CacheConfig, CorpusConfig, TeacherConfig
 from stillroom.pipeline.packing import pack
+from stillroom.pipeline.probe import probe
 from stillroom.pipeline.run import build_cache
 from stillroom.pipeline.teacher import Teacher, load_tokenizer
 from stillroom.storage.errors import InputError
@@ -134,6 +136,17 @@ def test_the_cache_is_that_of_documents_alone(made: Path, teacher_folder: Path) 
     assert audit_line(cache, Teacher(TeacherConfig(teacher=str(teacher_folder))), sequences=len(cache)).sound
 
 
+def test_the_plan_measures_what_the_run_will_do(made: Path, teacher_folder: Path) -> None:
+    teacher = Teacher(TeacherConfig(teacher=str(teacher_folder)))
+    corpus = pack(_config(teacher_folder, made, "c"), load_tokenizer(str(teacher_folder)))
+    one, other = (probe(teacher, corpus, batch_size=size) for size in (3, 8))
+    np.testing.assert_allclose(one.logits_PV, other.logits_PV, atol=1e-4)
+    targets = stillroom.open_cache(made / "c").read(range(len(corpus.tokens_SL1))).targets
+    logp_P = one.logits_PV.double().log_softmax(-1)[torch.arange(len(one.logits_PV)), one.labels_P]
+    place_P = one.sequence_P * 24 + one.row_P
+    np.testing.assert_allclose(logp_P, targets.label_logp[place_P.numpy()], atol=0.01)
+
+
 def test_same_bytes_for_any_batch_size(made: Path, teacher_folder: Path) -> None:
     """Though a batch whose sequences hold one document each would be computed another way by itself."""
     digests = []
@@ -193,6 +206,13 @@ def test_training_passes_positions_to_student_and_live_teacher(
         "stillroom.train.data.positions_of", lambda starts: np.broadcast_to(np.arange(24), (len(starts), 24)).copy()
     )
     assert train_student(TrainConfig(out=tmp_path / "untold", **settings)).loss != told
+
+
+def test_what_reads_sequences_whole_refuses(
+    made: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--student", str(teacher_folder), "--cache", str(made / "c")]) == 2
+    assert "is packed by documents, and evaluate reads sequences whole" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

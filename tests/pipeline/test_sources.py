@@ -180,6 +180,8 @@ def test_the_command_says_one_sentence(
     words += ["--seq-len", "2"]
     assert main(words) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"stillroom: line 2 of {file} is not JSON")
-    assert main([*words, "--skip-bad", "4", "--max-sequences", "2"]) == 0
+    assert main([*words, "--skip-bad", "4", "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["stats"]["notes"]
+    assert notes == ["4 broken records passed over (--skip-bad)", "1 empty document passed over (nothing in them)"]
     assert main([*words, "--ids-column", "a", "--messages-column", "b"]) == 2
     assert "drop one" in capsys.readouterr().err
