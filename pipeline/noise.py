@@ -64,8 +64,9 @@ def squared_errors(logits_NV: Tensor, asked: Sequence[tuple[str, int]]) -> list[
 
 
 def _chunks(logits_NV: Tensor) -> Iterator[Tensor]:
-    for logits_CV in logits_NV.split(max(1, CHUNK_ELEMENTS // logits_NV.shape[1])):
-        yield logits_CV.double()
+    step = max(1, CHUNK_ELEMENTS // logits_NV.shape[1])
+    for start in range(0, len(logits_NV), step):
+        yield logits_NV[start : start + step].double()
 
 
 def _random(p_NV: Tensor, draws: int) -> Tensor:
