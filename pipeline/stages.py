@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +24,13 @@ import torch
 from stillroom.kernels import targets as torch_targets
 from stillroom.kernels.sample import sample
 from stillroom.pipeline.host import spread, to_host
+from stillroom.pipeline.pieces import LOGITS_BYTES, Piece, piece_rows, pieces_of
 from stillroom.pipeline.stage_clock import StageClock
 from stillroom.pipeline.teacher import Teacher
 from stillroom.storage.errors import InputError
 from stillroom.storage.spec import SamplerSpec
 from stillroom.storage.targets import SparseTargets
 
-# Logits alive at a time. On a CPU few, for its caches; on a GPU many, because a launch costs the same for few rows.
-LOGITS_BYTES: Final = {"cpu": 1 << 26, "cuda": 1 << 31}
 log = logging.getLogger("stillroom")
 
 
@@ -74,15 +73,6 @@ class _Flight:
     batch: Batch
     states_BLX: torch.Tensor
     ready: torch.cuda.Event | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Rows `start:stop` of sequence `index` of a batch: what the head takes at once."""
-
-    index: int
-    start: int
-    stop: int
 
 
 class Sampling:
@@ -174,7 +164,7 @@ class Sampling:
         parts = []
         with self._beside(flight):
             room = self._room(length, device)
-            pieces = _pieces(len(flight.batch), length, self._teacher.vocab_size, device)
+            pieces = pieces_of(len(flight.batch), length, self._teacher.vocab_size, device)
             while pieces:
                 group = [pieces.popleft()]
                 rows = group[0].stop - group[0].start
@@ -184,7 +174,7 @@ class Sampling:
                 parts.append(self._sampled(flight, group, room[:rows]))
         return parts[0] if len(parts) == 1 else SparseTargets.concat(parts)
 
-    def _sampled(self, flight: _Flight, group: list[_Piece], logits_NV: torch.Tensor) -> SparseTargets:
+    def _sampled(self, flight: _Flight, group: list[Piece], logits_NV: torch.Tensor) -> SparseTargets:
         batch, device, end = flight.batch, logits_NV.device, 0
         with self._clock.stage("head", device):
             for piece in group:
@@ -237,7 +227,7 @@ class Sampling:
     def _room(self, length: int, device: torch.device) -> torch.Tensor:
         """The one buffer of logits, `[N, V]`: at least one piece, at most a batch."""
         if self._logits_NV is None:
-            rows = _piece_rows(length, self._teacher.vocab_size, device)
+            rows = piece_rows(length, self._teacher.vocab_size, device)
             most = LOGITS_BYTES.get(device.type, LOGITS_BYTES["cpu"]) // (4 * self._teacher.vocab_size)
             rows = max(rows, min(most, self.batch_size * length))
             self._logits_NV = torch.empty(rows, self._teacher.vocab_size, device=device)
@@ -289,21 +279,6 @@ def sample_sequences(
         for batch, targets in sampling(Batch(first_sequence, tokens_BL1).split(batch_size))
         for index in range(len(batch))
     ]
-
-
-def _piece_rows(length: int, vocabulary: int, device: torch.device) -> int:
-    """Rows of a piece: a sequence, cut evenly where its logits would be too many."""
-    budget = LOGITS_BYTES.get(device.type, LOGITS_BYTES["cpu"])
-    return -(-length // max(1, -(-length * vocabulary * 4 // budget)))
-
-
-def _pieces(sequences: int, length: int, vocabulary: int, device: torch.device) -> deque[_Piece]:
-    step = _piece_rows(length, vocabulary, device)
-    return deque(
-        _Piece(index, start, min(start + step, length))
-        for index in range(sequences)
-        for start in range(0, length, step)
-    )
 
 
 def _bad_logits(teacher: Teacher, where_2N: npt.NDArray[np.int64], error: ValueError) -> str:
