@@ -101,7 +101,13 @@ class _Answers(http.server.BaseHTTPRequestHandler):
                     target = hub.folder / item["value"]["path"]
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(base64.b64decode(item["value"]["content"]))
-            self._json({"success": True, "commitOid": COMMIT, "commitUrl": f"{hub.endpoint}/datasets/{hub.name}/commit/{COMMIT}"})
+            self._json(
+                {
+                    "success": True,
+                    "commitOid": COMMIT,
+                    "commitUrl": f"{hub.endpoint}/datasets/{hub.name}/commit/{COMMIT}",
+                }
+            )
             return
         if "/paths-info/" not in path:
             self._missing("RepoNotFound")

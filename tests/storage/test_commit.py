@@ -147,7 +147,9 @@ def test_a_partial_cache_knows_its_sequences(made, tmp_path):
     np.testing.assert_array_equal(cache[4].tokens, made.shard_data(manifest, 2)[0][1])
 
 
-@pytest.mark.parametrize("break_it", ["tokens", "targets", "rounding", "ids", "label", "sum", "twice", "logp", "NaN", "index"])
+@pytest.mark.parametrize(
+    "break_it", ["tokens", "targets", "rounding", "ids", "label", "sum", "twice", "logp", "NaN", "index"]
+)
 def test_shards_that_do_not_fit_are_refused(made, tmp_path, break_it):
     manifest = made.manifest(SamplerSpec(draws=20))
     tokens, targets, rounding = made.shard_data(manifest, 0)
