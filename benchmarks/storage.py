@@ -252,7 +252,7 @@ The wanted rates were set on a machine whose memory map moved {MEMMAP_WANTED_GB_
 comes and goes: in this run the memory map moved {moved:.1f} GB/s. Held against the memory map of the same run, reading at
 random is at {counts * share / 8e6:.1f} (`standard`, counts), {threshold * share / 8e6:.1f} (threshold) and
 {fast * share / 40e6:.1f} (`fast`) times what was wanted. Of a `standard` read Zstandard is about half, the compiled loop a third;
-of a `fast` one the CRC and the copy are half each, Python's calls the rest. A threshold row has three more arrays than one
+of a `fast` one the CRC and the copy together are half, Python's calls the rest. A threshold row has three more arrays than one
 of counts, and Zstandard is the largest part of writing it."""
 
 
