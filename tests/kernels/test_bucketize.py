@@ -426,6 +426,7 @@ for temperatures, labelled in ((1, True), (2, False)):
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper_without_spills(tmp_path: Path) -> None:
     """The compiler needs no GPU. Registers of 512 threads that leave room for three programs on a multiprocessor."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}

@@ -74,6 +74,7 @@ def compile_all() -> None:
         print(json.dumps([name, figures, sorted(set(re.findall(r"\bFFMA\S*", code)))]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's assembler is a Linux program")
 def test_kernels_compile_without_fused_multiply_add_and_without_spills(tmp_path: Path) -> None:
     """A fused multiply-add rounds once where the reference rounds twice: other weights, other draws."""

@@ -411,6 +411,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_kernels_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
     """To machine code, without a GPU: what the interpreter accepts and the compiler does not would show here."""

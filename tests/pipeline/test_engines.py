@@ -80,7 +80,7 @@ def test_ranks_one_after_another(
     ("engine", "workers"),
     [
         ("local", 2),
-        ("torchrun", 2),
+        pytest.param("torchrun", 2, marks=pytest.mark.slow),
         pytest.param("local", 4, marks=pytest.mark.slow),
         pytest.param("torchrun", 4, marks=pytest.mark.slow),
         pytest.param("ray", 2, marks=pytest.mark.slow),
@@ -168,6 +168,7 @@ def test_ray_not_installed_is_one_sentence(
     assert "pip install 'stillroom[ray]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_more_workers_than_shards(
     teacher_folder: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -89,7 +89,7 @@ def assert_same(remote, origin, indices=None):
 
 @pytest.mark.parametrize("reader", ["direct", "zarr"])
 @pytest.mark.parametrize("name", ["cache", "bare"])
-@pytest.mark.parametrize("scheme", ["s3", "memory", "file", "http"])
+@pytest.mark.parametrize("scheme", ["s3", "memory", "file", pytest.param("http", marks=pytest.mark.slow)])
 def test_every_store_reads_as_the_disk(scheme, name, reader, cache, s3, stores, tmp_path, request):
     settings = {}
     if scheme == "s3":
