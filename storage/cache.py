@@ -26,6 +26,7 @@ from stillroom.storage.manifest import DOCUMENTS, Manifest
 from stillroom.storage.readers import READERS, ReaderName, ShardReader
 from stillroom.storage.remote.snapshot import refuse_snapshot
 from stillroom.storage.room import Room
+from stillroom.storage.sidecar import DERIVED
 from stillroom.storage.stream import StreamOrder
 from stillroom.storage.targets import SparseTargets
 from stillroom.storage.unpack import unpack
@@ -144,6 +145,27 @@ class Cache:
         if self.manifest.packing.policy != DOCUMENTS:
             return None
         return np.stack([starts_of(self._shard(shard), within) for shard, within in map(self._locate, indices)])
+
+    def row_codes(
+        self, shard: int, start: int, stop: int, names: tuple[str, ...]
+    ) -> dict[str, npt.NDArray[np.integer[Any]]]:
+        """Stored codes of arrays that have one for each row (docs/format.md), `[stop - start, L]` by name.
+
+        Args:
+            shard: one at hand.
+            start, stop: sequences, counted within the shard.
+            names: of `n`, `label_logp`, `entropy`.
+
+        Raises:
+            DamagedError: the shard is damaged.
+        """
+        reader = self._shard(shard)
+        found = chunks_of([(reader, sequence) for sequence in range(start, stop)], list(names))
+        return {name: np.stack(chunks) for name, chunks in found.items()}
+
+    def derived(self, name: str) -> Path:
+        """Where a file computed from this cache is kept (`sidecar`), whether it is there or not."""
+        return self.path / DERIVED / name
 
     def shard_of(self, index: int) -> int:
         """The shard that holds sequence `index`.

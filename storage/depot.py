@@ -159,7 +159,7 @@ class Directory:
         """As `Depot`."""
         return [
             f"{folder}/{name}"
-            for folder in (".", "commits")
+            for folder in (".", "commits", "derived")
             for name in self.names(folder)
             if _TEMPORARY.fullmatch(name)
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections.abc import Collection, Iterable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from stillroom.storage.cache import Cache, SequenceBatch
@@ -24,6 +26,7 @@ from stillroom.storage.remote.local import Lease, LocalShards
 from stillroom.storage.remote.place import Place
 from stillroom.storage.remote.prefetch import Prefetcher
 from stillroom.storage.remote.retry import DEFAULT_RETRY
+from stillroom.storage.sidecar import DERIVED, keep
 from stillroom.storage.stream import StreamOrder
 from stillroom.storage.targets import SparseTargets
 
@@ -78,6 +81,25 @@ class RemoteCache(Cache):
         return SequenceBatch(
             np.concatenate([part.tokens for part in parts]), SparseTargets.concat([part.targets for part in parts])
         )
+
+    def row_codes(
+        self, shard: int, start: int, stop: int, names: tuple[str, ...]
+    ) -> dict[str, npt.NDArray[np.integer[Any]]]:
+        """As `Cache.row_codes`; a local copy that went bad on the disk is fetched again. Raises as `read`."""
+        try:
+            return super().row_codes(shard, start, stop, names)
+        except DamagedError:
+            if not self._heal({shard}):
+                raise
+            return super().row_codes(shard, start, stop, names)
+
+    def derived(self, name: str) -> Path:
+        """As `Cache.derived`, in the local directory; what the store has of it is fetched once."""
+        path = super().derived(name)
+        if not path.exists():
+            with contextlib.suppress(FileNotFoundError):
+                keep(self.path, name, self._place.read(f"{DERIVED}/{name}"))
+        return path
 
     def _bounded(self, wanted: list[int]) -> list[list[int]]:
         """`wanted` in runs that read no more shards at once than may be held."""
