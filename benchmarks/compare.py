@@ -81,7 +81,7 @@ def arms_for(teacher: Teacher, tokens_SL1: np.ndarray) -> list[Arm]:
         Arm(f"systematic N={equal['systematic']}", "forward_kl", systematic),
         Arm(f"threshold N={equal['threshold']}", "forward_kl", threshold),
         Arm("threshold N=50", "forward_kl", SamplerSpec("threshold", 50)),
-        Arm("full KD", "full_kd"),
+        Arm("full KD", "forward_kl"),
     ]  # fmt: skip
 
 
@@ -133,7 +133,8 @@ def run(out: Path, tokens: int) -> dict[str, Any]:
             result = train_student(
                 training(
                     cache=any_cache, student=str(student), out=folder, loss=arm.loss, missing=arm.missing, seed=seed,
-                    teacher=str(teacher_folder) if arm.loss == "full_kd" else None,
+                    teacher=str(teacher_folder) if arm.name == "full KD" else None,
+                    allow_biased=arm.missing is not None,
                 ),
                 on_progress=say(f"{arm.name} seed {seed}"),
             )  # fmt: skip

@@ -31,10 +31,10 @@ SAMPLER: Final = "threshold"
 DRAWS: Final = 50
 MATRIX_LR: Final = 0.02
 EMBEDDING_LR: Final = 4e-3
-ARMS: Final = {
-    "labels only (CE)": ("ce", "student-ce"),
-    "from the cache": ("forward_kl", "student-cache"),
-    "live teacher (full KD)": ("full_kd", "student-full-kd"),
+ARMS: Final = {  # loss, whether the teacher is asked live, folder
+    "labels only (CE)": ("ce", False, "student-ce"),
+    "from the cache": ("forward_kl", False, "student-cache"),
+    "live teacher (full KD)": ("forward_kl", True, "student-full-kd"),
 }
 
 Report = Callable[[str, int, int, str], None]
@@ -155,11 +155,11 @@ def _students(
 
     student, teacher = model_config(out / "student-config", layers=2, hidden=128), out / "teacher"
     arms = {}
-    for name, (loss, folder) in ARMS.items():
+    for name, (loss, live, folder) in ARMS.items():
         with _Timed(seconds, name):
             config = training(
                 cache=out / "cache", student=str(student), out=out / folder, loss=loss, seed=seed,
-                teacher=str(teacher) if loss == "full_kd" else None,
+                teacher=str(teacher) if live else None,
             )  # fmt: skip
             trained = train_student(config, on_progress=_bar(report, name))
         with _Timed(seconds, "evaluation"):

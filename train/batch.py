@@ -33,6 +33,7 @@ class Batch:
         targets: of the B * L rows, sequence by sequence; None where the source has tokens only.
         positions_BL: int64, starting again at every document, which the model is to read on its own; None where sequences are
             read whole.
+        weight_BL: float32, the user's factor of each row; None where there is none.
     """
 
     tokens_BL: torch.Tensor
@@ -40,6 +41,7 @@ class Batch:
     mask_BL: torch.Tensor
     targets: SparseTargets | None = None
     positions_BL: torch.Tensor | None = None
+    weight_BL: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -49,6 +51,7 @@ class Batch:
             self.mask_BL.to(device, non_blocking=True),
             None if self.targets is None else self.targets.to(device, non_blocking=True),
             None if self.positions_BL is None else self.positions_BL.to(device, non_blocking=True),
+            None if self.weight_BL is None else self.weight_BL.to(device, non_blocking=True),
         )
 
     @property
@@ -62,7 +65,7 @@ _ALIGNMENT: Final = 64
 # In a worker three threads take turns: one reads, one pickles, one passes descriptors on. Python lets the first hold up the
 # others for 5 ms at a time, which is as long as a batch takes to read.
 _TURN_S: Final = 2e-4
-_BATCH: Final = ("tokens_BL", "labels_BL", "mask_BL", "positions_BL")
+_BATCH: Final = ("tokens_BL", "labels_BL", "mask_BL", "positions_BL", "weight_BL")
 _TARGETS: Final = ("offsets", "ids", "weights", "label_logp", "entropy", "logp")
 
 Place = tuple[int, torch.dtype, tuple[int, ...]] | None  # first byte, dtype and shape of a tensor; None for no tensor
@@ -111,8 +114,8 @@ def _rebuild(passed: Any, size: int, places: list[Place]) -> Batch:
             continue
         start, dtype, shape = place
         views.append(whole[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
-    tokens_BL, labels_BL, mask_BL, positions_BL, *rest = views
-    return Batch(tokens_BL, labels_BL, mask_BL, SparseTargets(*rest) if rest else None, positions_BL)
+    tokens_BL, labels_BL, mask_BL, positions_BL, weight_BL, *rest = views
+    return Batch(tokens_BL, labels_BL, mask_BL, SparseTargets(*rest) if rest else None, positions_BL, weight_BL)
 
 
 if hasattr(os, "memfd_create"):  # Linux; elsewhere each tensor travels alone

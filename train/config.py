@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-LossName = Literal["forward_kl", "ce", "full_kd"]
+LossName = Literal[
+    "ce",
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "dkd",
+    "atkd",
+    "taid",
+    "akl",
+    "tail_aware",
+]
 MissingMass = Literal["truncate", "renormalise_teacher", "renormalise_both", "tail_bucket"]
 OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["constant", "linear", "cosine", "wsd"]
+RowValue = Literal["entropy", "surprise", "column"]
 DtypeName = Literal["auto", "float32", "bfloat16"]
+NOT_YET: Final = {
+    "uld": "a student with another tokenizer needs ranks of the whole vocabulary (ULD, arXiv 2402.12030)",
+    "delta_kd": "it needs two teachers at the same ids (arXiv 2509.14526)",
+    "minillm": "it needs text that the student wrote (arXiv 2306.08543)",
+}
 
 
 class TrainConfig(BaseModel):
@@ -21,7 +40,8 @@ class TrainConfig(BaseModel):
 
     cache: Path | str | None = Field(
         None,
-        description="cache with the tokens and the teacher's targets: a directory, or a URL (s3://, gs://, hf://, https://)",
+        description="cache with the tokens and the teacher's targets: a directory or a URL (s3://, gs://, hf://, https://); A,B "
+        "reads one after the other; A:0.7,B:0.3 mixes the targets of caches of the same tokens",
     )
     cache_dir: Path | None = Field(
         None,
@@ -35,16 +55,52 @@ class TrainConfig(BaseModel):
         description="folder with weights, folder or .json file with a configuration only (random weights), or hub id"
     )
     out: Path = Field(description="run folder; the trained student is saved in it")
+    teacher: str | None = Field(
+        None,
+        description="folder or hub id of a live teacher: targets are its whole distributions, not those of a cache",
+    )
     loss: LossName = Field(
         "forward_kl",
-        description="forward_kl: KL to the cached targets; ce: the text alone; full_kd: KL to a live teacher",
+        description="ce: the text alone; any other: a divergence from the teacher (docs/losses.md has them all)",
     )
-    alpha: float = Field(0.0, description="share of hard-label cross-entropy beside the KL, 0 to 1")
+    alpha: float = Field(0.0, description="share of hard-label cross-entropy beside the divergence, 0 to 1")
+    alpha_end: float | None = Field(None, description="share at the last step (unset: alpha throughout)")
+    alpha_schedule: ScheduleName = Field(
+        "linear", description="how alpha gets to alpha_end; wsd: in the last part of the run, see decay"
+    )
+    temperature: float = Field(1.0, gt=0, description="of both distributions in the divergence, whose value takes T**2")
+    temperature_end: float | None = Field(None, gt=0, description="temperature at the last step")
+    temperature_schedule: ScheduleName = Field("linear", description="how temperature gets to temperature_end")
     missing: MissingMass | None = Field(
         None,
         description="what becomes of the mass a top_k or top_p cache dropped; must be named for those, for no other",
     )
-    teacher: str | None = Field(None, description="folder or hub id of the live teacher of full_kd")
+    allow_biased: bool = Field(False, description="train all the same where the cache carries the loss badly biased")
+    beta: float = Field(0.5, gt=0, lt=1, description="jsd: the teacher's share of the mixture")
+    skew: float = Field(0.1, gt=0, lt=1, description="skew_kl, skew_reverse_kl: share of the mixture")
+    label_factor: float = Field(1.0, ge=0, description="dkd: factor of the label against the rest")
+    rest_factor: float = Field(0.5, ge=0, description="dkd: factor of the distribution over the rest")
+    easy_weight: float = Field(0.2, ge=0, le=1, description="atkd: share of easy rows in the loss")
+    hard_share: float = Field(
+        0.5, gt=0, lt=1, description="atkd, hard_weight: share of rows that are hard, those of least p(label)"
+    )
+    taid_start: float = Field(0.4, ge=0, le=1, description="taid: the teacher's share at the first step")
+    taid_end: float = Field(1.0, ge=0, le=1, description="taid: the teacher's share at the last step")
+    taid_schedule: ScheduleName = Field("linear", description="taid: how the share gets there")
+    head_mass: float = Field(0.5, ge=0, le=1, description="akl: mass of the head")
+    head_size: int = Field(10, ge=1, description="tail_aware: ids of the head")
+    tail_factor: float = Field(2.0, ge=0, description="tail_aware: factor of the divergence within the tail")
+    row_weight: RowValue | None = Field(
+        None,
+        description="weigh rows by the teacher's entropy, its surprise at the label, or a column (mean weight 1)",
+    )
+    row_weight_power: float = Field(1.0, gt=0, le=4, description="exponent of that value")
+    row_weight_file: Path | None = Field(None, description="the column: a .npy of floats [sequences, seq_len]")
+    hard_weight: float = Field(1.0, gt=0, description="factor of hard rows (hard_share) against the others")
+    id_map: Path | None = Field(
+        None, description="for a student with fewer ids: a .npy of its id for each of the teacher's, -1 for none"
+    )
+    unknown_id: int = Field(0, ge=0, description="the student's id for tokens it lacks (with id_map)")
 
     optimizer: OptimizerName = Field(
         "adamw", description="adamw, or muon for the hidden matrices with adamw for embeddings, head and norms"
@@ -84,3 +140,10 @@ class TrainConfig(BaseModel):
     save_every: int = Field(500, ge=0, description="steps between checkpoints (0: none); the last two are kept")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     resume: bool = Field(True, description="go on from the last checkpoint in the run folder, if there is one")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if value in NOT_YET:
+            raise ValueError(f"is not to be had yet: {NOT_YET[value]}")
+        return value

@@ -24,6 +24,7 @@ from stillroom.storage.errors import InputError
 from stillroom.storage.segments import positions_of
 from stillroom.storage.stream import StreamOrder
 from stillroom.train.batch import Batch
+from stillroom.train.validity import Kind, kind_of
 
 IGNORED = -100  # label of a row outside the loss mask
 
@@ -42,6 +43,10 @@ class Source(Protocol):
     @property
     def lengths(self) -> tuple[int, ...]:
         """Sequences of each shard, in the order of their numbers."""
+
+    @property
+    def kind(self) -> Kind | None:
+        """What its targets are, as far as losses care; None where it has tokens only."""
 
     @property
     def default_window(self) -> int | None:
@@ -83,6 +88,11 @@ class CacheDataset(Dataset[Batch]):
         return self.cache.lengths
 
     @property
+    def kind(self) -> Kind:
+        """By the cache's sampler."""
+        return kind_of(self.cache.manifest.sampler)
+
+    @property
     def default_window(self) -> int | None:
         """None for a cache on disk; for a remote one what its local directory holds."""
         return self.cache.default_window
@@ -98,16 +108,8 @@ class CacheDataset(Dataset[Batch]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        found, starts_BL1 = self.cache.read(indices), self.cache.starts(indices)
-        batch, targets = _split(found.tokens), to_torch(found.targets)
-        mask_BL = (targets.offsets.diff() > 0).view_as(batch.labels_BL)  # rows outside the loss mask keep nothing
-        return Batch(
-            batch.tokens_BL,
-            batch.labels_BL.masked_fill(~mask_BL, IGNORED),
-            mask_BL,
-            targets if self.with_targets else None,
-            None if starts_BL1 is None else torch.from_numpy(positions_of(starts_BL1)),
-        )
+        found = self.cache.read(indices)
+        return batch_of(found.tokens, found.targets, self.cache.starts(indices), with_targets=self.with_targets)
 
 
 @final
@@ -151,6 +153,11 @@ class TokenDataset(Dataset[Batch]):
     def lengths(self) -> tuple[int, ...]:
         """One run of sequences."""
         return (len(self),)
+
+    @property
+    def kind(self) -> None:
+        """Tokens only."""
+        return None
 
     @property
     def default_window(self) -> None:
@@ -247,6 +254,32 @@ def order_of(source: Source, *, seed: int, window: int | None = None, sequences:
     """
     window = source.default_window if window is None else window
     return StreamOrder(source.lengths, seed=seed, window=window, sequences=sequences)
+
+
+def batch_of(
+    tokens_BL1: npt.NDArray[np.integer],
+    targets: storage_targets.SparseTargets,
+    starts_BL1: npt.NDArray[np.bool_] | None,
+    *,
+    with_targets: bool = True,
+) -> Batch:
+    """Sequences of a cache as a batch; rows outside the loss mask, which keep nothing, have no label.
+
+    Args:
+        tokens_BL1: token ids.
+        targets: of their rows.
+        starts_BL1: tokens that begin a document, where the packing has any.
+        with_targets: False leaves them out.
+    """
+    batch, found = _split(tokens_BL1), to_torch(targets)
+    mask_BL = (found.offsets.diff() > 0).view_as(batch.labels_BL)
+    return Batch(
+        batch.tokens_BL,
+        batch.labels_BL.masked_fill(~mask_BL, IGNORED),
+        mask_BL,
+        found if with_targets else None,
+        None if starts_BL1 is None else torch.from_numpy(positions_of(starts_BL1)),
+    )
 
 
 def as_is(batch: Batch) -> Batch:

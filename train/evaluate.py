@@ -16,10 +16,9 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from stillroom.kernels.dense_kd import LOWEST_LOGP
 from stillroom.storage.errors import InputError
 from stillroom.train.data import TokenDataset
-from stillroom.train.dense_kd import LOWEST_LOGP
-from stillroom.train.loss import LiveTeacher
 from stillroom.train.student import (
     ModelInfo,
     check_length,
@@ -28,6 +27,7 @@ from stillroom.train.student import (
     find_tokenizer,
     load_model,
 )
+from stillroom.train.targets import LiveTeacher
 
 BINS: Final = 15
 CHUNK_ELEMENTS: Final = 1 << 22  # logits in work at a time
@@ -101,7 +101,7 @@ def evaluate(
     for start in range(0, sequences, batch_size):
         stop = min(start + batch_size, sequences)
         batch = source.__getitems__(list(range(start, stop))).to(device)
-        chunks = zip(*(_chunks(model(batch.tokens_BL)) for model in loaded), strict=True)
+        chunks = zip(*(_chunks(model.logits(batch)) for model in loaded), strict=True)
         labels = torch.split(batch.labels_BL.flatten(), _chunk_rows(vocab_size))
         for label_N, logits in zip(labels, chunks, strict=True):
             counts.add(label_N, *logits)

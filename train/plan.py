@@ -13,16 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stillroom.storage.cache import Cache, open_cache
+from stillroom.storage.cache import Cache
 from stillroom.storage.errors import InputError
-from stillroom.train.config import MissingMass, TrainConfig
-from stillroom.train.data import CacheDataset, Source, TokenDataset, order_of
+from stillroom.train.config import TrainConfig
+from stillroom.train.data import Source, order_of
+from stillroom.train.objective import Objective
 from stillroom.train.optim import fast_bfloat16
+from stillroom.train.settling import check_loss, settle_objective
+from stillroom.train.sources import open_source
 from stillroom.train.student import ModelInfo, check_length, check_tokenizers, find_model, find_tokenizer
 
 DEFAULT_LR: Final = {"adamw": 1e-3, "muon": 0.02}
 DEFAULT_WEIGHT_DECAY: Final = {"adamw": 0.1, "muon": 0.05}
-PARTIAL_KINDS: Final = ("top_k", "top_p")  # their targets do not sum to one
 NOT_IDENTITY: Final = {
     "out",
     "cache",
@@ -43,25 +45,30 @@ class Plan:
     Attributes:
         config: the settings with every open choice made: steps, lr, weight_decay, dtype.
         source: sequences.
-        cache: the open cache, if the run has one.
+        caches: the open caches, if the run has any.
         student, teacher: found, not loaded.
         tokenizer: folder of the tokenizer the student will be saved with, if there is one.
         vocab_size: columns of the logits that take part.
         sequences: size of the universe.
-        missing: convention for mass the targets do not hold.
+        objective: the loss; a live teacher is still to be put in.
         notes: sentences the user should read once.
     """
 
     config: TrainConfig
     source: Source
-    cache: Cache | None
+    caches: tuple[Cache, ...]
     student: ModelInfo
     teacher: ModelInfo | None
     tokenizer: Path | None
     vocab_size: int
     sequences: int
-    missing: MissingMass
+    objective: Objective
     notes: tuple[str, ...]
+
+    @property
+    def cache(self) -> Cache | None:
+        """The first of the caches: what they must have in common is read from it."""
+        return self.caches[0] if self.caches else None
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the student: two runs with equal ones are the same run."""
@@ -84,35 +91,28 @@ def make_plan(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -
         InputError: settings that contradict each other, or a student, teacher or cache that does not fit.
         CacheError: a cache that cannot be read.
     """
-    _check_settings(config, tokens_SL1)
+    check_loss(config, tokens_SL1 is not None)
+    _check_parts(config)
     student = find_model(config.student, role="student")
     teacher = None if config.teacher is None else find_model(config.teacher, role="teacher")
     if teacher is not None and not teacher.has_weights:
         raise InputError(f"teacher {teacher.name} has a configuration but no weights: give a trained model")
-    cache = None
-    if config.cache is not None:  # forward KL needs the weights only
-        cache = open_cache(
-            config.cache, columns=("tokens",), cache_dir=config.cache_dir, cache_bytes=config.cache_bytes
-        )
-    source: Source
-    if cache is None:
-        assert tokens_SL1 is not None
-        source = TokenDataset(tokens_SL1)
-    else:
-        source = CacheDataset(cache, with_targets=config.loss == "forward_kl")
-    missing = _missing(config, cache)
+    opened = open_source(config, student, tokens_SL1)
+    source, caches = opened.source, opened.caches
+    cache = caches[0] if caches else None
     check_length(student, source.seq_len, role="student")
     if teacher is not None:
         check_length(teacher, source.seq_len, role="teacher")
-    vocab_size = _check_vocabulary(student, teacher, cache, tokens_SL1)
+    reduced = config.id_map is not None
+    vocab_size = student.vocab_size if reduced else _check_vocabulary(student, teacher, cache, tokens_SL1)
 
-    notes = []
+    notes = list(opened.notes)
     if student.vocab_size > vocab_size:
         notes.append(
             f"the student's vocabulary is padded: {student.vocab_size - vocab_size} of its {student.vocab_size} logits lie "
             f"beyond the {vocab_size} of the teacher and are masked in the loss"
         )
-    tokenizer = _tokenizer(config, cache, student, teacher)
+    tokenizer = find_tokenizer(Path(student.name)) if reduced else _tokenizer(config, cache, student, teacher)
     if tokenizer is None:
         notes.append("no tokenizer is at hand, so the student is saved without one")
     sequences = min(len(source), config.max_sequences or len(source))
@@ -121,56 +121,28 @@ def make_plan(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -
     resolved = _resolve(config, sequences, source.default_window)
     # Now, not after the folder is made: it refuses a window for which the local directory has no room.
     source.follow(order_of(source, seed=config.seed, window=resolved.window, sequences=sequences))
+    objective, told = settle_objective(resolved, opened, vocab_size)
     return Plan(
         config=resolved,
         source=source,
-        cache=cache,
+        caches=caches,
         student=student,
         teacher=teacher,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         sequences=sequences,
-        missing=missing,
-        notes=tuple(notes),
+        objective=objective,
+        notes=(*notes, *told),
     )
 
 
-def _check_settings(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -> None:
-    if not 0.0 <= config.alpha <= 1.0:
-        raise InputError(f"alpha came as {config.alpha}, wanted 0 to 1, the share of cross-entropy: change --alpha")
-    if config.loss == "forward_kl" and config.cache is None:
-        raise InputError("loss forward_kl needs cached targets: give --cache, or choose --loss ce or full_kd")
-    if config.cache is None and tokens_SL1 is None:
-        raise InputError(f"loss {config.loss} came without text: give --cache, whose token sequences it can use")
-    if config.cache is not None and tokens_SL1 is not None:
-        raise InputError("both a cache and tokens were given, and each says what the student reads: give one of them")
-    if config.loss == "full_kd" and config.teacher is None:
-        raise InputError("loss full_kd runs the teacher beside the student: give --teacher")
-    if config.loss != "full_kd" and config.teacher is not None:
-        raise InputError(f"loss {config.loss} asks no live teacher: drop --teacher, or choose --loss full_kd")
-    if config.loss == "ce" and config.alpha != 0.0:
-        raise InputError("alpha mixes cross-entropy into a KL, and loss ce has none: drop --alpha")
+def _check_parts(config: TrainConfig) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch_size < config.grad_accumulation * ranks:
         raise InputError(
             f"batch_size is {config.batch_size} sequences, fewer than the {config.grad_accumulation * ranks} parts it is cut "
             "in (grad_accumulation times processes): raise --batch-size or lower --grad-accumulation"
         )
-
-
-def _missing(config: TrainConfig, cache: Cache | None) -> MissingMass:
-    kind = None if cache is None or config.loss != "forward_kl" else cache.manifest.sampler.kind
-    if kind in PARTIAL_KINDS:
-        if config.missing is None:
-            raise InputError(
-                f"a {kind} cache keeps less than the teacher's whole mass, and what becomes of the rest changes the student: "
-                "name it with --missing truncate, renormalise_teacher, renormalise_both or tail_bucket"
-            )
-        return config.missing
-    if config.missing is not None:
-        what = f"the targets of a {kind} cache sum to one" if kind else f"loss {config.loss} reads no cached targets"
-        raise InputError(f"missing came as {config.missing}, but {what}: drop --missing")
-    return "truncate"
 
 
 def _check_vocabulary(

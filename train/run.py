@@ -6,7 +6,7 @@ import datetime
 import logging
 import platform
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -20,9 +20,10 @@ from stillroom.storage.manifest import DOCUMENTS
 from stillroom.train.card import model_card
 from stillroom.train.config import TrainConfig
 from stillroom.train.folder import RunFolder, step_of
-from stillroom.train.loss import LiveTeacher, Objective
+from stillroom.train.objective import Objective
 from stillroom.train.plan import Plan, make_plan
 from stillroom.train.student import check_documents, copy_tokenizer, load_model, quiet
+from stillroom.train.targets import LiveTeacher
 from stillroom.train.trainer import Progress, StillroomTrainer
 
 LIBRARIES: Final = ("stillroom", "torch", "transformers", "accelerate", "tokenizers", "numpy")
@@ -67,7 +68,7 @@ def train_student(
 
     Args:
         config: settings.
-        tokens_SL1: `[S, L+1]` token ids, for `ce` and `full_kd` without a cache.
+        tokens_SL1: `[S, L+1]` token ids, for `ce` and live teachers without a cache.
         on_progress: told (steps done, steps in all, last logged metrics) after every step.
 
     Raises:
@@ -86,8 +87,8 @@ def train_student(
     objective = _objective(plan)
     if plan.cache is not None and plan.cache.manifest.packing.policy == DOCUMENTS:
         check_documents(model, plan.student, role="student")
-        if isinstance(objective.teacher, LiveTeacher) and plan.teacher is not None:
-            check_documents(objective.teacher.model, plan.teacher, role="teacher")
+        if isinstance(objective.targets, LiveTeacher) and plan.teacher is not None:
+            check_documents(objective.targets.model, plan.teacher, role="teacher")
     if not begun:
         folder.create(_record(plan, identity))
     elif not config.resume:
@@ -140,19 +141,13 @@ def _checkpoint(folder: RunFolder) -> tuple[Path | None, tuple[str, ...]]:
 
 
 def _objective(plan: Plan) -> Objective:
-    teacher = None
-    if plan.teacher is not None:
-        model = load_model(plan.teacher, role="teacher").eval().requires_grad_(False)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if plan.config.dtype == "bfloat16" else torch.float32
-        teacher = LiveTeacher(model, plan.vocab_size, dtype)
-    return Objective(
-        name=plan.config.loss,
-        vocab_size=plan.vocab_size,
-        alpha=plan.config.alpha,
-        missing=plan.missing,
-        teacher=teacher,
-    )
+    """The plan's, with the live teacher in it if there is one."""
+    if plan.teacher is None:
+        return plan.objective
+    model = load_model(plan.teacher, role="teacher").eval().requires_grad_(False)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if plan.config.dtype == "bfloat16" else torch.float32
+    return replace(plan.objective, targets=LiveTeacher(model, plan.vocab_size, dtype))
 
 
 def _record(plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:
@@ -173,14 +168,28 @@ def _save(model: PreTrainedModel, plan: Plan, result: TrainResult, last: dict[st
     origin = {}
     if plan.teacher is not None:
         origin["teacher"] = f"`{config.teacher}`"
-    if plan.cache is not None:
-        made = plan.cache.manifest
-        origin["teacher"] = f"`{made.teacher.name}` (fingerprint `{made.teacher.fingerprint[:16]}`)"
-        origin["cache"] = f"fingerprint `{plan.source.fingerprint[:16]}`, {len(plan.cache):,} sequences"
-        origin["corpus"] = f"`{made.corpus.name}` (fingerprint `{made.corpus.fingerprint[:16]}`)"
-        if config.loss == "forward_kl":
-            origin["sampler"] = f"{made.sampler.kind}, N = {made.sampler.draws}"
-    shown = ("loss", "alpha", "missing", "optimizer", "lr", "batch_size", "steps", "schedule", "seed", "dtype")
+    if plan.caches:
+        made = [cache.manifest for cache in plan.caches]
+        teachers = dict.fromkeys(f"`{m.teacher.name}` (fingerprint `{m.teacher.fingerprint[:16]}`)" for m in made)
+        origin.setdefault("teacher", ", ".join(teachers))
+        origin["cache"] = f"fingerprint `{plan.source.fingerprint[:16]}`, {len(plan.source):,} sequences"
+        corpora = dict.fromkeys(f"`{m.corpus.name}` (fingerprint `{m.corpus.fingerprint[:16]}`)" for m in made)
+        origin["corpus"] = ", ".join(corpora)
+        if plan.config.teacher is None and config.loss != "ce":
+            origin["sampler"] = ", ".join(dict.fromkeys(f"{m.sampler.kind}, N = {m.sampler.draws}" for m in made))
+    shown = (
+        "loss",
+        "alpha",
+        "temperature",
+        "missing",
+        "optimizer",
+        "lr",
+        "batch_size",
+        "steps",
+        "schedule",
+        "seed",
+        "dtype",
+    )
     card = model_card(
         title=config.out.resolve().name,
         settings={name: getattr(config, name) for name in shown},

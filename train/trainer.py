@@ -22,7 +22,7 @@ from stillroom.train.batch import Batch
 from stillroom.train.config import TrainConfig
 from stillroom.train.data import OrderSampler, Source, order_of
 from stillroom.train.folder import RunFolder, mark_complete
-from stillroom.train.loss import Objective
+from stillroom.train.objective import Objective
 from stillroom.train.optim import BETAS, make_optimizer, rate_multiplier
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -123,7 +123,7 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
         assert not return_outputs
         batch = inputs["batch"].to(self.args.device)
         logits_BLV: torch.Tensor = model(**batch.inputs, use_cache=False).logits
-        terms = self.objective(logits_BLV.flatten(0, 1), batch, num_items_in_batch)
+        terms = self.objective(logits_BLV.flatten(0, 1), batch, num_items_in_batch, self.state.global_step)
         self._terms += torch.stack([terms.kd, terms.ce])
         world_size: int = self.args.world_size
         return terms.loss * world_size  # data-parallel gradients are averaged over processes

@@ -43,12 +43,17 @@ def test_settings_that_contradict_each_other(
     refused("alpha came as 1.5, wanted 0 to 1", cache=cache, alpha=1.5)
     refused("alpha came as -0.1", cache=cache, alpha=-0.1)
     refused("drop --alpha", cache=cache, alpha=0.5, loss="ce")
-    refused("forward_kl needs cached targets", tokens_SL1=tokens_SL1)
+    refused("forward_kl needs a teacher: give --cache", tokens_SL1=tokens_SL1)
     refused("loss ce came without text", loss="ce")
     refused("both a cache and tokens", cache=cache, tokens_SL1=tokens_SL1)
-    refused("full_kd runs the teacher beside the student: give --teacher", cache=cache, loss="full_kd")
-    refused("asks no live teacher", cache=cache, teacher=str(teacher))
-    refused("targets of a threshold cache sum to one: drop --missing", cache=cache, missing="tail_bucket")
+    refused("teacher came with loss ce", cache=cache, loss="ce", teacher=str(teacher))
+    refused("targets of this cache sum to one: drop --missing", cache=cache, missing="tail_bucket")
+    refused("alpha_end came as 2.0, wanted 0 to 1", cache=cache, alpha_end=2.0)
+    refused("beta is for --loss jsd, and the loss is forward_kl: drop --beta", cache=cache, beta=0.4)
+    refused("row_weight column and row_weight_file go together", cache=cache, row_weight="column")
+    refused("read from a cache", tokens_SL1=tokens_SL1, teacher=str(teacher), row_weight="entropy")
+    refused("atkd splits rows at a quantile", tokens_SL1=tokens_SL1, teacher=str(teacher), loss="atkd")
+    refused("id_map brings a cache", cache=cache, teacher=str(teacher), id_map="map.npy")
     refused("loss ce reads no cached targets: drop --missing", cache=cache, loss="ce", missing="truncate")
     refused("fewer than the 16 parts", cache=cache, grad_accumulation=16)
     refused("do not fill one batch of 64", cache=cache, batch_size=64, steps=None)
@@ -83,18 +88,15 @@ def test_teachers_that_do_not_fit(
     refused: Refused, cache: Path, student: Path, save_model: Maker, tokens_SL1: npt.NDArray[np.uint32], tmp_path: Path
 ) -> None:
     other = save_model(tmp_path / "other", vocab_size=112)
-    refused(
-        "has a vocabulary of 112, that of the cache's teacher has 97", cache=cache, loss="full_kd", teacher=str(other)
-    )
+    refused("has a vocabulary of 112, that of the cache's teacher has 97", cache=cache, teacher=str(other))
     refused(
         "student .* has a vocabulary of 97, the teacher's is 112",
         tokens_SL1=tokens_SL1,
-        loss="full_kd",
         teacher=str(other),
     )
-    refused("configuration but no weights", cache=cache, loss="full_kd", teacher=str(student))
+    refused("configuration but no weights", cache=cache, teacher=str(student))
     short = save_model(tmp_path / "short", max_position_embeddings=8)
-    refused("teacher .* ends at 8", cache=cache, loss="full_kd", teacher=str(short))
+    refused("teacher .* ends at 8", cache=cache, teacher=str(short))
 
 
 def test_token_ids_beyond_the_vocabulary(refused: Refused, tokens_SL1: npt.NDArray[np.uint32]) -> None:
