@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from stillroom.pipeline.run import build_cache as build_cache
     from stillroom.storage.cache import Cache as Cache
     from stillroom.storage.cache import open_cache as open_cache
+    from stillroom.storage.choose import Wanted as Wanted
+    from stillroom.storage.choose import choose as choose
     from stillroom.storage.errors import StillroomError as StillroomError
     from stillroom.storage.manifest import Manifest as Manifest
+    from stillroom.storage.rows import row_statistics as row_statistics
+    from stillroom.storage.selection import Selection as Selection
     from stillroom.storage.spec import SamplerSpec as SamplerSpec
     from stillroom.storage.targets import SparseTargets as SparseTargets
     from stillroom.train.config import TrainConfig as TrainConfig
@@ -29,15 +33,19 @@ _HOMES = {
     "Cache": "stillroom.storage.cache",
     "CacheConfig": "stillroom.pipeline.config",
     "Manifest": "stillroom.storage.manifest",
+    "Selection": "stillroom.storage.selection",
     "SamplerSpec": "stillroom.storage.spec",
     "SparseTargets": "stillroom.storage.targets",
     "StillroomError": "stillroom.storage.errors",
     "Stream": "stillroom.train.stream",
     "TrainConfig": "stillroom.train.config",
+    "Wanted": "stillroom.storage.choose",
     "build_cache": "stillroom.pipeline.run",
+    "choose": "stillroom.storage.choose",
     "evaluate": "stillroom.train.evaluate",
     "fused_linear_sparse_kd": "stillroom.kernels.fused_linear",
     "open_cache": "stillroom.storage.cache",
+    "row_statistics": "stillroom.storage.rows",
     "sparse_kd_loss": "stillroom.kernels.sparse_kd",
     "train_student": "stillroom.train.run",
 }

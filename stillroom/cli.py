@@ -86,6 +86,14 @@ VERBS = {
         "  stillroom import rows/ --out cache/",
         positional="folder",
     ),
+    "losses": Verb(
+        "stillroom.measuring:LossesConfig",
+        "stillroom.measuring:losses",
+        "Measure another model's loss on each sequence of a cache, for difference sampling or domain weights in `train`.",
+        "  stillroom losses cache/ --model small-reference/\n"
+        "  stillroom losses cache/ --model student/ --sample 2000 --out student-losses.arrow",
+        positional="cache",
+    ),
     "train": Verb(
         "stillroom.train.config:TrainConfig",
         "stillroom.commands:train",

@@ -73,7 +73,7 @@ def unpack(
     try:
         if path.stat().st_size > MAX_SIDECAR_BYTES:
             raise FormatError(f"{path} holds more than {MAX_SIDECAR_BYTES:,} bytes: delete it")
-        with pa.ipc.open_file(pa.BufferReader(pa.memory_map(str(path)).read_buffer())) as file:
+        with pa.ipc.open_file(pa.BufferReader(path.read_bytes())) as file:
             wanted = {name: pa.large_list(_type(np.dtype(dtype))) for name, dtype in dtypes.items()}
             if dict(zip(file.schema.names, file.schema.types)) != wanted:
                 raise FormatError(f"{path} has other columns than {', '.join(dtypes)}: delete it")

@@ -51,6 +51,38 @@ class TrainConfig(BaseModel):
     window: int | None = Field(
         None, ge=1, description="shards mixed at a time (unset: all; of a remote cache 8, or what cache_bytes holds)"
     )
+
+    select_by: str | None = Field(
+        None,
+        description="read only a quantile range of the sequences by label_logp, entropy, difference or a file of one number each",
+    )
+    select_from: float = Field(0.0, ge=0, le=1, description="lower end of that range: 0.5 leaves the lower half out")
+    select_to: float = Field(1.0, ge=0, le=1, description="upper end of that range")
+    reference_losses: Path | None = Field(
+        None, description="losses of a reference model (`stillroom losses`), which make the column difference"
+    )
+    sequence_weights: Path | None = Field(
+        None, description="file of one weight a sequence (text or .npy): how often it is read in an epoch, on average"
+    )
+    domains: Path | None = Field(
+        None, description="file of one domain a sequence, to be weighted by the gap between student and teacher"
+    )
+    student_losses: Path | None = Field(
+        None, description="losses of the student to be (`stillroom losses`), for --domains"
+    )
+    domain_smoothing: float = Field(
+        0.5, ge=0, le=1, description="share of the visits that the gap decides; the rest is even over the domains"
+    )
+    curriculum: str | None = Field(
+        None, description="let sequences in from easy to hard, by label_logp, entropy, difference or a file of numbers"
+    )
+    curriculum_start: float = Field(
+        0.2, gt=0, le=1, description="share of the sequences, the easiest, that take part at the beginning"
+    )
+    curriculum_share: float = Field(
+        0.5, gt=0, le=1, description="share of the steps over which the curriculum lets all sequences in"
+    )
+
     student: str = Field(
         description="folder with weights, folder or .json file with a configuration only (random weights), or hub id"
     )

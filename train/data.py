@@ -22,6 +22,7 @@ from stillroom.storage import targets as storage_targets
 from stillroom.storage.cache import Cache, Follower
 from stillroom.storage.errors import InputError
 from stillroom.storage.segments import positions_of
+from stillroom.storage.selection import Selection
 from stillroom.storage.stream import StreamOrder
 from stillroom.train.batch import Batch
 from stillroom.train.validity import Kind, kind_of
@@ -240,7 +241,14 @@ class OrderSampler(Sampler[list[int]]):
         return self.order.sequences(first, first + self.batch_size)
 
 
-def order_of(source: Source, *, seed: int, window: int | None = None, sequences: int | None = None) -> StreamOrder:
+def order_of(
+    source: Source,
+    *,
+    seed: int,
+    window: int | None = None,
+    sequences: int | None = None,
+    selection: Selection | None = None,
+) -> StreamOrder:
     """The order in which a run reads `source`.
 
     Args:
@@ -248,12 +256,13 @@ def order_of(source: Source, *, seed: int, window: int | None = None, sequences:
         seed: key of the order.
         window: shards mixed at a time; None: all of them, or what the local directory of a remote cache holds.
         sequences: read only the first so many sequences.
+        selection: weights of these sequences (docs/selection.md); None: each once an epoch.
 
     Raises:
-        InputError: no sequence, or a window of less than one shard.
+        InputError: no sequence, a window of less than one shard, or a selection of other sequences.
     """
     window = source.default_window if window is None else window
-    return StreamOrder(source.lengths, seed=seed, window=window, sequences=sequences)
+    return StreamOrder(source.lengths, seed=seed, window=window, sequences=sequences, selection=selection)
 
 
 def batch_of(

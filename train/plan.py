@@ -15,10 +15,13 @@ import torch
 
 from stillroom.storage.cache import Cache
 from stillroom.storage.errors import InputError
+from stillroom.storage.stream import StreamOrder
 from stillroom.train.config import TrainConfig
 from stillroom.train.data import Source, order_of
 from stillroom.train.objective import Objective
 from stillroom.train.optim import fast_bfloat16
+from stillroom.train.selection import NOT_IDENTITY as SELECTION_SETTINGS
+from stillroom.train.selection import select, with_ramp
 from stillroom.train.settling import check_loss, settle_objective
 from stillroom.train.sources import open_source
 from stillroom.train.student import ModelInfo, check_length, check_tokenizers, find_model, find_tokenizer
@@ -35,6 +38,7 @@ NOT_IDENTITY: Final = {
     "resume",
     "save_every",
     "log_every",
+    *SELECTION_SETTINGS,
 }  # change where and how, not what
 
 
@@ -50,6 +54,7 @@ class Plan:
         tokenizer: folder of the tokenizer the student will be saved with, if there is one.
         vocab_size: columns of the logits that take part.
         sequences: size of the universe.
+        order: in which it is read.
         objective: the loss; a live teacher is still to be put in.
         notes: sentences the user should read once.
     """
@@ -62,6 +67,7 @@ class Plan:
     tokenizer: Path | None
     vocab_size: int
     sequences: int
+    order: StreamOrder
     objective: Objective
     notes: tuple[str, ...]
 
@@ -80,6 +86,7 @@ class Plan:
             **self.config.model_dump(mode="json", exclude=NOT_IDENTITY),
             "data": self.source.fingerprint,
             "sequences": self.sequences,
+            "selection": self.order.selection,
             "student_config": digest,
         }
 
@@ -118,9 +125,13 @@ def make_plan(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -
     sequences = min(len(source), config.max_sequences or len(source))
     if config.max_sequences is not None and config.max_sequences > sequences:
         notes.append(f"max_sequences is {config.max_sequences}, but there are only {sequences} sequences")
-    resolved = _resolve(config, sequences, source.default_window)
+    choice = select(config, len(source) if cache is None else cache, sequences)
+    resolved = _resolve(config, sequences if choice is None else choice.selection.size, source.default_window)
+    selection = None if choice is None else with_ramp(choice.selection, resolved)
+    order = order_of(source, seed=config.seed, window=resolved.window, sequences=sequences, selection=selection)
     # Now, not after the folder is made: it refuses a window for which the local directory has no room.
-    source.follow(order_of(source, seed=config.seed, window=resolved.window, sequences=sequences))
+    source.follow(order)
+    notes += [] if choice is None else choice.notes
     objective, told = settle_objective(resolved, opened, vocab_size)
     return Plan(
         config=resolved,
@@ -131,6 +142,7 @@ def make_plan(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         sequences=sequences,
+        order=order,
         objective=objective,
         notes=(*notes, *told),
     )

@@ -106,7 +106,7 @@ def train_student(
             config=plan.config,
             source=plan.source,
             objective=objective,
-            sequences=plan.sequences,
+            order=plan.order,
             folder=folder,
             first_step=first_step,
             last_metrics=folder.cut_metrics(first_step),

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from stillroom.storage.cache import Cache
 from stillroom.storage.errors import InputError
 from stillroom.storage.remote.cache import RemoteCache
+from stillroom.storage.selection import Selection
 from stillroom.train.batch import Batch
 from stillroom.train.data import CacheDataset, OrderSampler, Source, as_is, order_of
 
@@ -32,6 +33,7 @@ class Stream:
         steps: batches from the beginning of the run to its end; None: endless.
         window: shards mixed at a time; None: all of a cache on disk, of a remote one what its local directory holds.
         sequences: read only the first so many sequences.
+        selection: weights of these sequences (docs/selection.md); None: each once an epoch.
         rank, ranks: which slice of every batch this process gets, and of how many.
         workers: processes that read and decode; 0: this one.
         with_targets: False leaves `Batch.targets` empty (of a cache).
@@ -49,6 +51,7 @@ class Stream:
         steps: int | None = None,
         window: int | None = None,
         sequences: int | None = None,
+        selection: Selection | None = None,
         rank: int = 0,
         ranks: int = 1,
         workers: int = 0,
@@ -61,7 +64,7 @@ class Stream:
                 f"batch_size is {batch_size} sequences for {ranks} ranks, wanted one each at least: raise it"
             )
         self.source: Source = CacheDataset(source, with_targets=with_targets) if isinstance(source, Cache) else source
-        self.order = order_of(self.source, seed=seed, window=window, sequences=sequences)
+        self.order = order_of(self.source, seed=seed, window=window, sequences=sequences, selection=selection)
         self.batch_size, self.steps, self.workers = batch_size, steps, workers
         self.rank, self.ranks = rank, ranks
         self.position = 0

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 
 from stillroom.storage.errors import InputError
+from stillroom.storage.stream import StreamOrder
 from stillroom.train.batch import Batch
 from stillroom.train.config import TrainConfig
-from stillroom.train.data import OrderSampler, Source, order_of
+from stillroom.train.data import OrderSampler, Source
 from stillroom.train.folder import RunFolder, mark_complete
 from stillroom.train.objective import Objective
 from stillroom.train.optim import BETAS, make_optimizer, rate_multiplier
@@ -37,7 +38,7 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
         config: resolved settings (`steps`, `lr`, `weight_decay` and `dtype` are set).
         source: sequences.
         objective: the loss.
-        sequences: size of the universe the order permutes.
+        order: which sequence stands where.
         folder: where checkpoints and metrics go.
         first_step: step of the checkpoint the run goes on from.
         last_metrics: the last line of the log up to there; empty for a new run.
@@ -51,7 +52,7 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
         config: TrainConfig,
         source: Source,
         objective: Objective,
-        sequences: int,
+        order: StreamOrder,
         folder: RunFolder,
         first_step: int,
         last_metrics: dict[str, Any],
@@ -63,7 +64,7 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
         self.run_config = config
         self.source = source
         self.objective = objective
-        self.sequences = sequences
+        self.order = order
         self.first_step = first_step
         self.last_metrics = last_metrics
         self._logged_step, self._logged_s = first_step, time.perf_counter()
@@ -81,8 +82,8 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of this process, from `first_step` on."""
         config = self.run_config
-        order = OrderSampler(
-            order_of(self.source, seed=config.seed, window=config.window, sequences=self.sequences),
+        sampler = OrderSampler(
+            self.order,
             batch_size=config.batch_size,
             steps=self.args.max_steps,
             parts=config.grad_accumulation,
@@ -95,7 +96,7 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
         # would differ.
         return DataLoader(
             self.source,  # type: ignore[arg-type]  # __getitems__ is the loader's own protocol
-            batch_sampler=order,
+            batch_sampler=sampler,
             collate_fn=_wrap,  # type: ignore[arg-type]  # __getitems__ hands it one batch
             generator=torch.Generator(),
             pin_memory=False,
@@ -169,7 +170,7 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
         self._terms.zero_()
         self.last_metrics = {
             "step": done,
-            "epoch": done * self.run_config.batch_size / self.sequences,
+            "epoch": done * self.run_config.batch_size / self.order.size,
             "tokens": done * rows,
             "loss": logs["loss"],
             **({} if self.objective.name == "ce" else {"kd": kd}),
