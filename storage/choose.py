@@ -175,7 +175,9 @@ def _by_domain(figures: Figures, wanted: Wanted, weight_S: FloatS) -> tuple[Floa
     factor_D = np.zeros(many)
     factor_D[use] = domain_factors(student_D, teacher_D, smoothing=wanted.domain_smoothing)
     scale_D = factor_D * weight_S.sum() / np.where(there_D > 0, there_D, 1.0)
-    said = [f"{names[d]} {there_D[d] / there_D.sum():.1%} -> {factor_D[d]:.1%}" for d in use[np.argsort(-factor_D[use])]]
+    said = [
+        f"{names[d]} {there_D[d] / there_D.sum():.1%} -> {factor_D[d]:.1%}" for d in use[np.argsort(-factor_D[use])]
+    ]
     more = ", ..." if len(said) > _DOMAINS_SHOWN else ""
     return weight_S * scale_D[domain_S], f"share of the {len(said)} domains: {', '.join(said[:_DOMAINS_SHOWN])}{more}"
 
