@@ -9,6 +9,7 @@ Shapes: `S` sequences, `D` domains.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -79,11 +80,14 @@ class Choice(NamedTuple):
     notes: tuple[str, ...]
 
 
-def choose(source: Cache | int, wanted: Wanted, *, sequences: int | None = None, ramp: int = 0) -> Choice:
+def choose(
+    source: Cache | Sequence[Cache] | int, wanted: Wanted, *, sequences: int | None = None, ramp: int = 0
+) -> Choice:
     """The selection that is wanted of a cache's sequences.
 
     Args:
-        source: an open cache, or how many sequences a source without one has, whose columns are all files.
+        source: an open cache, several that follow one another, or how many sequences a source without one has, whose columns
+            are all files.
         wanted: what.
         sequences: choose from the first so many only; files hold a value for each sequence of the source all the same.
         ramp: positions over which a curriculum grows.
@@ -92,7 +96,7 @@ def choose(source: Cache | int, wanted: Wanted, *, sequences: int | None = None,
         InputError: a column or file that is unknown or does not fit, or nothing is left.
         DamagedError, CacheError: as `row_statistics`.
     """
-    figures = Figures(source, sequences, wanted.reference_losses)
+    figures = Figures([source] if isinstance(source, Cache) else source, sequences, wanted.reference_losses)
     sequences = figures.sequences
     weight_S = np.ones(sequences)
     notes: list[str] = []
@@ -167,7 +171,7 @@ def _by_domain(figures: Figures, wanted: Wanted, weight_S: FloatS) -> tuple[Floa
             "--sample"
         )
     use = np.flatnonzero(there_D)
-    teacher_S = -known.label_logp_S[: figures.sequences].astype(np.float64)
+    teacher_S = -known.label_logp_S[: figures.sequences]
     student_D, teacher_D = (
         (np.bincount(domain_S, np.where(row_S > 0, row_S * x_S, 0.0), many)[use] / rows_D[use])
         for x_S in (loss_S, teacher_S)

@@ -5,8 +5,9 @@ Shapes: `S` sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +15,18 @@ import numpy.typing as npt
 from stillroom.storage.cache import Cache
 from stillroom.storage.errors import InputError
 from stillroom.storage.losses import load_losses
-from stillroom.storage.rows import RowStatistics, row_statistics
+from stillroom.storage.rows import row_statistics
 
 FROM_CACHE: Final = ("label_logp", "entropy", "difference")
 FloatS = npt.NDArray[np.float64]
+
+
+class Means(NamedTuple):
+    """Rows with a target of each sequence, and means over them; see `RowStatistics`."""
+
+    rows_S: npt.NDArray[np.int64]
+    label_logp_S: FloatS
+    entropy_S: FloatS
 
 
 @final
@@ -25,32 +34,37 @@ class Figures:
     """Columns of the sequences to choose from, computed when asked for.
 
     Args:
-        source: an open cache, or how many sequences a source without one has.
+        source: open caches, whose sequences follow one another, or how many sequences a source without one has.
         sequences: take the first so many only; None: all.
         reference_losses: file of a reference model's losses.
 
     Attributes:
         sequences: how many there are to choose from.
-        known: statistics of the cache's rows, once they were asked for; of all its sequences.
+        known: figures of the caches' rows, once they were asked for; of all their sequences.
     """
 
-    def __init__(self, source: Cache | int, sequences: int | None, reference_losses: Path | None) -> None:
-        self._cache = None if isinstance(source, int) else source
-        self._total = source if isinstance(source, int) else len(source)
+    def __init__(self, source: Sequence[Cache] | int, sequences: int | None, reference_losses: Path | None) -> None:
+        self._caches = () if isinstance(source, int) else tuple(source)
+        self._total = source if isinstance(source, int) else sum(map(len, source))
         self.sequences = self._total if sequences is None else min(self._total, sequences)
         self._reference_losses = reference_losses
-        self.known: RowStatistics | None = None
+        self.known: Means | None = None
 
-    def rows(self, what: str) -> RowStatistics:
-        """Statistics of the cache's rows, for `what`.
+    def rows(self, what: str) -> Means:
+        """Rows and means of the caches' sequences, for `what`.
 
         Raises:
             InputError: there is no cache.
         """
-        if self._cache is None:
+        if not self._caches:
             raise InputError(f"{what} is made from a cache's figures, and there is none: give --cache")
         if self.known is None:
-            self.known = row_statistics(self._cache)
+            parts = [row_statistics(cache) for cache in self._caches]
+            self.known = Means(
+                np.concatenate([part.rows_S for part in parts]),
+                np.concatenate([part.label_logp_S for part in parts]).astype(np.float64),
+                np.concatenate([part.entropy_S for part in parts]).astype(np.float64),
+            )
         return self.known
 
     def column(self, name: str) -> FloatS:
@@ -62,7 +76,7 @@ class Figures:
         if name in FROM_CACHE:
             known = self.rows(name)
             if name != "difference":
-                return np.asarray(getattr(known, f"{name}_S")[: self.sequences], np.float64)
+                return (known.label_logp_S if name == "label_logp" else known.entropy_S)[: self.sequences]
             assert self._reference_losses is not None
             loss_S = self.losses(self._reference_losses)
             lacking = int(np.isnan(loss_S[known.rows_S[: self.sequences] > 0]).sum())
@@ -71,7 +85,7 @@ class Figures:
                     f"{self._reference_losses} lacks the losses of {lacking} of {self.sequences} sequences: run `stillroom "
                     "losses` again without --sample"
                 )
-            return np.asarray(known.label_logp_S[: self.sequences] + loss_S)
+            return known.label_logp_S[: self.sequences] + loss_S
         if not Path(name).is_file():
             raise InputError(
                 f"column {name!r} is unknown: wanted {', '.join(FROM_CACHE)}, or a file of one number a sequence"
@@ -93,9 +107,11 @@ class Figures:
 
     def losses(self, path: Path) -> FloatS:
         """Losses in a file that `stillroom losses` wrote; NaN where a sequence was not measured."""
-        self.rows("what losses are compared with")
-        assert self._cache is not None
-        return load_losses(path, self._cache).loss_S[: self.sequences].astype(np.float64)
+        if len(self._caches) != 1:
+            raise InputError(
+                f"{path} holds losses on one cache, and there are {len(self._caches)}: give --cache one cache"
+            )
+        return load_losses(path, self._caches[0]).loss_S[: self.sequences].astype(np.float64)
 
 
 def _read(path: Path, sequences: int) -> npt.NDArray[Any]:

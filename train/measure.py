@@ -24,7 +24,6 @@ from stillroom.storage.losses import SequenceLosses, load_losses, save_losses
 from stillroom.storage.manifest import DOCUMENTS
 from stillroom.train.batch import Batch
 from stillroom.train.data import CacheDataset
-from stillroom.train.loss import LiveTeacher
 from stillroom.train.student import (
     check_documents,
     check_length,
@@ -33,6 +32,7 @@ from stillroom.train.student import (
     find_tokenizer,
     load_model,
 )
+from stillroom.train.targets import LiveTeacher
 
 SAVE_EVERY_S: Final = 60.0
 CHUNK_ELEMENTS: Final = 1 << 22  # logits whose softmax is in work at a time
@@ -145,8 +145,7 @@ def measure_losses(
 
 def _losses(score: LiveTeacher, batch: Batch) -> npt.NDArray[np.float64]:
     """Mean over the rows that count of each sequence of a batch, `[B]`; NaN where there are none."""
-    told_apart = () if batch.positions_BL is None else (batch.positions_BL,)
-    logits_NV = score(batch.tokens_BL, *told_apart)
+    logits_NV = score.logits(batch)
     rows = max(1, CHUNK_ELEMENTS // score.vocab_size)
     chunks = zip(torch.split(logits_NV, rows), torch.split(batch.labels_BL.flatten(), rows))
     ce_N = torch.cat([functional.cross_entropy(z_NV.float(), y_N, reduction="none") for z_NV, y_N in chunks])

@@ -125,7 +125,7 @@ def make_plan(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -
     sequences = min(len(source), config.max_sequences or len(source))
     if config.max_sequences is not None and config.max_sequences > sequences:
         notes.append(f"max_sequences is {config.max_sequences}, but there are only {sequences} sequences")
-    choice = select(config, len(source) if cache is None else cache, sequences)
+    choice = select(config, caches, len(source), sequences)
     resolved = _resolve(config, sequences if choice is None else choice.selection.size, source.default_window)
     selection = None if choice is None else with_ramp(choice.selection, resolved)
     order = order_of(source, seed=config.seed, window=resolved.window, sequences=sequences, selection=selection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -15,15 +16,24 @@ _SETTINGS: Final = tuple(Wanted.__dataclass_fields__)
 NOT_IDENTITY: Final = {*_SETTINGS, "curriculum_share"}
 
 
-def select(config: TrainConfig, source: Cache | int, sequences: int) -> Choice | None:
-    """What the settings select of the first `sequences` sequences, before `with_ramp`; None: everything, once an epoch.
+def select(config: TrainConfig, caches: Sequence[Cache], total: int, sequences: int) -> Choice | None:
+    """What the settings select of a source, before `with_ramp`; None: everything, once an epoch.
+
+    Args:
+        config: settings.
+        caches: of the source; of a mixture the first one's figures count, which has the sequences of all.
+        total: sequences of the source.
+        sequences: select from the first so many.
 
     Raises:
         InputError: settings or files that do not fit.
         DamagedError, CacheError: a cache that cannot be read.
     """
     wanted = Wanted(**{name: getattr(config, name) for name in _SETTINGS})
-    return choose(source, wanted, sequences=sequences) if wanted else None
+    if not wanted:
+        return None
+    figures = caches if sum(map(len, caches)) == total else caches[:1]
+    return choose(figures or total, wanted, sequences=sequences)
 
 
 def with_ramp(selection: Selection, config: TrainConfig) -> Selection:

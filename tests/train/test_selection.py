@@ -210,4 +210,17 @@ def test_text_without_a_cache_takes_weights(settings: Settings, tokens_SL1: Any,
         make_plan(settings(loss="ce", select_by="entropy"), tokens_SL1)
 
 
+@pytest.mark.parametrize(("how", "total"), [(":1", 40), ("", 80)])
+def test_of_several_caches_the_figures_are_one_after_the_other_or_the_firsts(
+    settings: Settings, cache: Path, make_cache: Maker, how: str, total: int
+) -> None:
+    other = make_cache(seed=3)
+    config = settings(cache=f"{cache}{how},{other}{how}", select_by="entropy", select_from=0.75)
+    order = make_plan(config, None).order
+    assert order.size == total // 4
+    parts = [row_statistics(open_cache(path)).entropy_S for path in (cache, other)]
+    value_S = np.concatenate(parts)[:total]
+    assert sorted(order.sequences(0, order.size)) == sorted(np.argsort(value_S, kind="stable")[-order.size :])
+
+
 FROZEN = [2, 6, 1, 25, 6, 3, 0, 12]  # before there were selections
