@@ -3,7 +3,7 @@
 The order (`stream`) runs in rounds. The first `STAGES` rounds are a curriculum's, if there is one; every later round is an
 epoch: as many positions as the weights sum to. In a round every sequence stands a whole number of times, its weight
 rounded up or down: the weights lie end to end on a line, in an order keyed by the seed, and a sequence stands once for
-every point k - u that falls into its stretch (systematic sampling, Madow 1949). So the number of positions is
+every point k - u that falls into its stretch (systematic sampling, Madow 1949, recalled). So the number of positions is
 the same whatever u is, a weight of 1 is just one visit, and over u the expected number of visits is the weight. u moves on
 by the golden ratio from round to round, which spreads the visits of a sequence as evenly over the epochs as can be.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+import stillroom
 from stillroom.cli import main
 from stillroom.storage.cache import open_cache
 from stillroom.storage.choose import Wanted, choose
@@ -27,6 +29,8 @@ from stillroom.train.measure import measure_losses
 from stillroom.train.plan import make_plan
 from stillroom.train.run import train_student
 from stillroom.train.stream import Stream
+
+DOCS = Path(__file__).parents[2] / "docs" / "selection.md"
 
 Settings = Callable[..., TrainConfig]
 Maker = Callable[..., Path]
@@ -221,6 +225,25 @@ def test_of_several_caches_the_figures_are_one_after_the_other_or_the_firsts(
     parts = [row_statistics(open_cache(path)).entropy_S for path in (cache, other)]
     value_S = np.concatenate(parts)[:total]
     assert sorted(order.sequences(0, order.size)) == sorted(np.argsort(value_S, kind="stable")[-order.size :])
+
+
+def test_the_document_does_what_it_says(
+    cache: Path, student: Path, files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, path in (("shelf", cache), ("student-config", student), ("reference", files["model"])):
+        (tmp_path / name).symlink_to(path)
+    text = DOCS.read_text()
+    commands = [line.split() for line in re.findall(r"^stillroom (?!train \.\.\.).*$", text, re.MULTILINE)]
+    assert [command[1] for command in commands] == ["losses", "train"]
+    for command in commands:
+        assert main(command[1:]) == 0
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, str(DOCS), "exec"), {"stillroom": stillroom})
+    flags = set(re.findall(r"--((?:select|curriculum|domain|sequence-w|reference-l|student-l)[a-z-]*)", text))
+    assert flags <= {name.replace("_", "-") for name in TrainConfig.model_fields}
 
 
 FROZEN = [2, 6, 1, 25, 6, 3, 0, 12]  # before there were selections
