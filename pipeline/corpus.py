@@ -1,7 +1,8 @@
 """Sources of text: files, folders, `datasets` names and mixtures of them become one deterministic stream of documents.
 
-A document is text, token ids (`ids_column`) or a conversation (`messages_column`). The order depends on names and contents
-alone: files of a folder come sorted, sources one after the other, or, where they have weights, drawn in turn by a fixed key.
+A document is text, token ids (`ids_column`, or bins of ids) or a conversation (`messages_column`). The order depends on
+names and contents alone: files of a folder come sorted, sources one after the other, or, where they have weights, drawn in turn
+by a fixed key.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from stillroom.pipeline.config import CorpusConfig
+from stillroom.pipeline.corpus_bins import index_of
 from stillroom.pipeline.corpus_files import SUFFIXES, Document, Tally, Wanted, check_column, file_documents, values_of
 from stillroom.storage.errors import InputError
 
@@ -110,6 +112,8 @@ def _source_documents(config: CorpusConfig, name: str, tally: Tally) -> Iterator
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if wanted.kind != "text":
             files = [file for file in files if SUFFIXES[file.suffix] != "text"]
+        # Many things are called .bin; with an .idx beside it one is a corpus.
+        files = [file for file in files if file.suffix != ".bin" or index_of(file).is_file()]
         if not files:
             kinds = ", ".join(SUFFIXES)
             raise InputError(f"folder {path} holds no text: put {kinds} files in it or name another source")
@@ -117,6 +121,8 @@ def _source_documents(config: CorpusConfig, name: str, tally: Tally) -> Iterator
             yield from file_documents(file, wanted, tally)
     elif path.is_file():
         yield from file_documents(path, wanted, tally)
+    elif (bins := path.with_name(f"{path.name}.bin")).is_file():  # Megatron-LM names both files by what they share
+        yield from file_documents(bins, wanted, tally)
     elif path.suffix or len(path.parts) > 2 or name.startswith((".", "/", "~")):
         raise InputError(f"source {name} does not exist: name a file, a folder or a `datasets` dataset")
     else:

@@ -1,4 +1,4 @@
-"""One file's documents: text, .jsonl, .parquet and Arrow; what a broken one says.
+"""One file's documents: text, .jsonl, .parquet, Arrow and bins of ids; what a broken one says.
 
 Shapes: `R` rows of a table, `E` token ids of all of them.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, final
 
 import numpy as np
-import numpy.typing as npt
 
+from stillroom.pipeline.corpus_bins import BIN_SUFFIXES, Ids, bin_documents
 from stillroom.storage.errors import InputError
 
 SUFFIXES: Final = {
@@ -22,10 +22,10 @@ SUFFIXES: Final = {
     **dict.fromkeys((".jsonl", ".ndjson"), "json"),
     ".parquet": "parquet",
     **dict.fromkeys((".arrow", ".feather"), "arrow"),
+    **dict.fromkeys(BIN_SUFFIXES, "bins"),
 }
 MAX_ID: Final = 1 << 32
 
-Ids: TypeAlias = npt.NDArray[np.uint32]
 Messages: TypeAlias = list[dict[str, Any]]
 Document: TypeAlias = str | Ids | Messages
 Kind = Literal["text", "ids", "messages"]
@@ -88,6 +88,12 @@ def file_documents(file: Path, wanted: Wanted, tally: Tally) -> Iterator[Documen
             yield from _json_documents(file, wanted, tally)
         elif kind == "text":
             yield from _text_documents(file, tally)
+        elif kind == "bins":  # ids, whatever column is wanted of other files
+            for ids in bin_documents(file):
+                if len(ids):
+                    yield ids
+                else:
+                    tally.empty += 1
         else:
             yield from _table_documents(file, kind, wanted, tally)
     except OSError as error:

@@ -42,39 +42,43 @@ def corpus_tokens(
     Raises:
         InputError: a source that can not be used, or one without documents.
     """
-    kind = wanted_of(config).kind
-    characters, count, whole = 0, 0, True
+    kind, eos = wanted_of(config).kind, tokenizer.eos_token_id
+    characters, known, count, whole = 0, 0, 0, True  # known: tokens of documents of ids
     tokens_U: list[int] = []
     characters_U: list[int] = []
     most = None if config.max_sequences is None else config.max_sequences * config.seq_len
     for document in documents(config):
-        size = _size(document)
-        if kind == "ids":
-            size += 1  # closed by the end-of-text id
-        elif len(tokens_U) < LEAST_DOCUMENTS or (len(tokens_U) < SAMPLE_DOCUMENTS and characters < SAMPLE_CHARACTERS):
-            part = document[:LONGEST] if isinstance(document, str) else document
-            tokens_U.append(int(encode(tokenizer, kind, [part]).lengths_D.sum()))
-            characters_U.append(_size(part))
-            whole &= len(part) == len(document)
-        characters += size
         count += 1
+        if isinstance(document, np.ndarray):
+            known += len(document) + (eos is not None and document[-1] != eos)  # closed by the end-of-text id
+        else:
+            size = _size(document)
+            few = len(tokens_U) < LEAST_DOCUMENTS
+            if few or (len(tokens_U) < SAMPLE_DOCUMENTS and characters < SAMPLE_CHARACTERS):
+                part = document[:LONGEST] if isinstance(document, str) else document
+                taken = _size(part)
+                tokens_U.append(int(encode(tokenizer, kind, [part]).lengths_D.sum()))
+                characters_U.append(taken)
+                whole &= taken == size
+            else:
+                whole = False
+            characters += size
         if count % PROGRESS_EVERY == 0:
             on_progress(count)
-        if most is not None and characters * _ratio(tokens_U, characters_U) > 2 * most:
+        if most is not None and known + characters * _ratio(tokens_U, characters_U) > 2 * most:
             break
     if not count:
         raise InputError(f"source {config.data} holds no text: every document is empty")
-    if kind == "ids":
-        found = Estimate.exactly(float(characters), "counted")
-    elif whole and len(tokens_U) == count:
-        found = Estimate.exactly(float(sum(tokens_U)), "counted")
+    if whole:
+        found = Estimate.exactly(float(known + sum(tokens_U)), "counted")
     else:
-        found = ratio_of(np.array(tokens_U), np.array(characters_U)).times(Estimate.exactly(float(characters)))
+        text = ratio_of(np.array(tokens_U), np.array(characters_U)).times(Estimate.exactly(float(characters)))
+        found = Estimate(text.value + known, text.low + known, text.high + known, text.source)
     return found if most is None else _at_most(found, most)
 
 
 def _size(document: Any) -> int:
-    """Characters of text or of a conversation's turns; length of token ids."""
+    """Characters of text or of a conversation's turns."""
     if isinstance(document, list):
         return sum(len(str(value)) for turn in document for value in turn.values())
     return len(document)

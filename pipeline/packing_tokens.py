@@ -9,10 +9,11 @@ import itertools
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 from stillroom.pipeline.config import CorpusConfig
 from stillroom.pipeline.corpus import documents, wanted_of
+from stillroom.pipeline.corpus_bins import Ids
 from stillroom.pipeline.corpus_files import Document, Kind, Tally
 from stillroom.pipeline.packing_chat import ChatError, encode_chat
 from stillroom.storage.errors import InputError
@@ -78,7 +80,7 @@ def tokenised(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Itera
     context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(tokenizer, kind)) as pool:
         try:
-            yield from _ahead(pool, batches, workers * BATCHES_PER_WORKER)
+            yield from _ahead(pool, batches, workers * BATCHES_PER_WORKER, partial(encode, tokenizer, kind))
         except BrokenProcessPool as error:
             raise InputError(
                 "a tokenising process died (killed, or out of memory): lower --tokenize-workers and run again"
@@ -95,31 +97,41 @@ def encode(tokenizer: PreTrainedTokenizerBase, kind: Kind, batch: list[Any]) -> 
     """
     if kind == "messages":
         return _encode_messages(tokenizer, batch)
-    eos = tokenizer.eos_token_id
-    if kind == "ids":
-        known = len(tokenizer)
-        for ids in batch:
-            if ids.max() >= known:
-                raise InputError(
-                    f"a document holds the token id {ids.max()}, the teacher's tokenizer has {known}: "
-                    "tokenise the corpus with that tokenizer"
-                )
-        found: list[Any] = batch
-    else:
-        # The tokenizer's own special tokens (a begin-of-text id, say) stay: they are what the teacher was trained with.
-        encoded: Any = tokenizer(batch, return_attention_mask=False, verbose=False)
-        found = encoded["input_ids"]
-    closed = [ids if eos is None or (len(ids) and ids[-1] == eos) else [*ids, eos] for ids in found]
-    return _joined(closed)
+    eos, texts = tokenizer.eos_token_id, [document for document in batch if isinstance(document, str)]
+    # The tokenizer's own special tokens (a begin-of-text id, say) stay: they are what the teacher was trained with.
+    encoded: Any = tokenizer(texts, return_attention_mask=False, verbose=False) if texts else {"input_ids": []}
+    found = iter(encoded["input_ids"])
+    return _joined([_closed(next(found) if isinstance(d, str) else _known(tokenizer, d), eos) for d in batch])
+
+
+def _known(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> Ids:
+    """`ids`, none outside the vocabulary."""
+    known, least, most = len(tokenizer), int(ids.min()), int(ids.max())
+    if least < 0 or most >= known:
+        raise InputError(
+            f"a document holds the token id {most if most >= known else least}, the teacher's tokenizer has {known}: "
+            "tokenise the corpus with that tokenizer"
+        )
+    return ids
+
+
+def _closed(ids: Any, eos: int | None) -> Any:
+    if eos is None or (len(ids) and ids[-1] == eos):
+        return ids
+    return [*ids, eos] if isinstance(ids, list) else np.append(ids, eos)
 
 
 def _encode_messages(tokenizer: PreTrainedTokenizerBase, batch: list[Any]) -> Tokens:
     ids: list[Any] = []
     masks: list[BoolN] = []
     bad: list[str] = []
-    for messages in batch:
+    for document in batch:
+        if isinstance(document, np.ndarray):  # of a bin mixed with conversations: all of it is learnt
+            ids.append(_closed(_known(tokenizer, document), tokenizer.eos_token_id))
+            masks.append(np.ones(len(ids[-1]), np.bool_))
+            continue
         try:
-            encoded = encode_chat(tokenizer, messages)
+            encoded = encode_chat(tokenizer, document)
         except ChatError as error:
             bad.append(str(error))
             continue
@@ -148,8 +160,12 @@ def _batches(config: CorpusConfig) -> Iterator[tuple[list[Document], int, int]]:
         yield batch, tally.skipped, tally.empty
 
 
-def _ahead(pool: ProcessPoolExecutor, batches: Iterator[Any], waiting: int) -> Iterator[Tokens]:
-    """Results in order, up to `waiting` batches ahead. A source that fails does so when its turn comes, as without workers."""
+def _ahead(
+    pool: ProcessPoolExecutor, batches: Iterator[Any], waiting: int, here: Callable[[list[Document]], Tokens]
+) -> Iterator[Tokens]:
+    """Results in order, up to `waiting` batches ahead; those of ids alone are made `here`. A source that fails does so when its
+    turn comes, as without workers.
+    """
     queue: deque[tuple[Future[Tokens], int, int]] = deque()
     failed: InputError | None = None
     more = True
@@ -157,12 +173,17 @@ def _ahead(pool: ProcessPoolExecutor, batches: Iterator[Any], waiting: int) -> I
         while more and len(queue) < waiting:
             try:
                 batch, skipped, empty = next(batches)
+                if all(isinstance(document, np.ndarray) for document in batch):
+                    future: Future[Tokens] = Future()
+                    future.set_result(here(batch))
+                else:
+                    future = pool.submit(_work, batch)
             except StopIteration:
                 more = False
             except InputError as error:
                 more, failed = False, error
             else:
-                queue.append((pool.submit(_work, batch), skipped, empty))
+                queue.append((future, skipped, empty))
         if queue:
             future, skipped, empty = queue.popleft()
             yield _with_counts(future.result(), skipped, empty)
