@@ -18,7 +18,7 @@ class CorpusConfig(BaseModel):
 
     data: str = Field(
         description="text, .jsonl, .parquet or .arrow file, .bin (with .idx) or .ds file of token ids, a folder of them, the "
-        "name of a `datasets` dataset, or several with commas between; NAME:WEIGHT,NAME:WEIGHT draws documents from each by weight"
+        "name of a `datasets` dataset, or several with commas between; NAME:WEIGHT,NAME:WEIGHT draws documents by weight"
     )
     text_column: str = Field("text", description="column or JSON key that holds the text")
     messages_column: str | None = Field(

@@ -3,10 +3,12 @@
 All numbers are little-endian.
 
 - Megatron-LM (`core/datasets/indexed_dataset.py`): `NAME.bin` is ids end to end. `NAME.idx` is the 9 bytes `MMIDIDX\\0\\0`,
-  the version (u64, 1), a code for the kind of ids (u8), the number of sequences `S` (u64) and of document bounds `D + 1`
-  (u64), then `S` lengths (i32), `S` first bytes (i64), and the `D + 1` bounds (i64): document `d` is sequences `bound[d]:bound[d + 1]`.
-- datatrove (`pipeline/tokens/tokenizer.py`): `NAME.ds` is ids end to end, u16 or u32. `NAME.ds.index` is the end of each document,
-  in ids (u64). `NAME.ds.metadata`, where there is one, is text: the tokenizer's name, `|` and bytes per id; then the number of ids.
+  the version (u64, 1), a code for the kind of ids (u8), the number of sequences `S` (u64) and of document bounds `D1`
+  (u64), then `S` lengths (i32), `S` first bytes (i64) and the `D1` bounds (i64): document `d` is the sequences
+  `bound[d]:bound[d + 1]`.
+- datatrove (`pipeline/tokens/tokenizer.py`): `NAME.ds` is ids end to end, u16 or u32. `NAME.ds.index` is the end of each
+  document, in ids (u64). `NAME.ds.metadata`, where there is one, is text: the tokenizer's name, `|` and bytes per id; then the
+  number of ids.
 
 Every number of an index is checked before it is used: a damaged or hostile one is refused, and no id is read twice.
 
