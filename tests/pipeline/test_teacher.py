@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 import stillroom
+from stillroom.cli import main
+from stillroom.pipeline.audit import audit_line
 from stillroom.pipeline.config import CacheConfig, TeacherConfig
 from stillroom.pipeline.run import build_cache
 from stillroom.pipeline.teacher import Teacher
 from stillroom.pipeline.teacher_identity import fingerprint
-from stillroom.storage.errors import InputError
+from stillroom.storage.errors import InputError, PlanMismatchError
 from tests.conftest import llama_config, make_tokenizer
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 250
@@ -131,6 +133,90 @@ def test_identity_is_the_weights_not_the_path(teacher_folder: Path, tmp_path: Pa
     assert _teacher(tmp_path / "elsewhere").fingerprint == _teacher(teacher_folder).fingerprint
 
 
+def _identity(model: nn.Module, config: Any) -> str:
+    model.config = config
+    return fingerprint(model)
+
+
+def test_identity_is_the_configuration_too(tmp_path: Path) -> None:
+    """What no tensor tells: the same weights with another rotary base are another teacher, under another path are not."""
+    from transformers import LlamaForCausalLM
+
+    names = []
+    for name, base in (("a", 10_000.0), ("b", 10_000), ("c", 20_000.0)):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(llama_config(rope_parameters={"rope_type": "default", "rope_theta": base}))
+        model.save_pretrained(make_tokenizer(tmp_path / name))
+        names.append(_teacher(tmp_path / name).fingerprint)
+    assert names[0] == names[1] != names[2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rms_norm_eps": 1e-5}, {"hidden_act": "gelu"}, {"num_attention_heads": 4, "num_key_value_heads": 4},
+        {"num_key_value_heads": 1}, {"attention_bias": True}, {"max_position_embeddings": 128},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+    ],
+)  # fmt: skip
+def test_every_setting_that_changes_logits_counts(change: dict[str, Any]) -> None:
+    model = nn.Linear(2, 2)
+    assert _identity(model, llama_config(**change)) != _identity(model, llama_config())
+
+
+def test_windows_caps_and_scales_count() -> None:
+    import transformers as hf
+
+    model = nn.Linear(2, 2)
+    gemma = [{}, {"final_logit_softcapping": 20.0}, {"attn_logit_softcapping": None}, {"query_pre_attn_scalar": 128},
+             {"sliding_window": 8}, {"layer_types": ["full_attention"] * 2}]  # fmt: skip
+    told = [_identity(model, hf.Gemma2Config(num_hidden_layers=2, **changes)) for changes in gemma]
+    told += [_identity(model, hf.MistralConfig(sliding_window=window)) for window in (None, 4096)]
+    told += [_identity(model, hf.CohereConfig(logit_scale=scale)) for scale in (0.25, 0.0625)]
+    assert len(set(told)) == len(told)
+
+
+def test_settings_that_leave_logits_alone_do_not_count() -> None:
+    """Nor does a field that a later version of the library adds, filled in with its default."""
+    from transformers import LlamaConfig
+
+    class LaterConfig(LlamaConfig):
+        residual_scale: float = 1.0
+        windows: dict[str, int] | None = None
+
+    model, plain = nn.Linear(2, 2), llama_config()
+    wanted = _identity(model, plain)
+    unimportant: list[dict[str, Any]] = [
+        {"use_cache": False}, {"architectures": None}, {"attention_dropout": 0.1}, {"initializer_range": 0.01},
+        {"id2label": {0: "a", 1: "b", 2: "c"}}, {"eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 1},
+        {"attn_implementation": "eager"}, {"_name_or_path": "elsewhere"}, {"transformers_version": "4.0.0"},
+        {"dtype": "bfloat16"}, {"mlp_bias": False}, {"rms_norm_eps": 0.000001},
+    ]  # fmt: skip
+    for changes in unimportant:
+        assert _identity(model, llama_config(**changes)) == wanted, changes
+    later = LaterConfig(**plain.to_dict())
+    assert later.residual_scale == 1.0
+    assert _identity(model, later) == wanted
+    later.residual_scale = 0.5
+    assert _identity(model, later) != wanted
+
+
+def test_a_cache_of_another_identity_opens_and_is_not_gone_on_with(
+    teacher_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one made before the configuration counted."""
+    config = CacheConfig(
+        teacher=str(teacher_folder), data=str(text_file), seq_len=16, max_sequences=4, out=tmp_path / "c"
+    )
+    with monkeypatch.context() as before:
+        before.setattr("stillroom.pipeline.teacher_identity._not_by_default", lambda config: {})
+        build_cache(config)
+    assert len(stillroom.open_cache(tmp_path / "c")) == 4
+    with pytest.raises(PlanMismatchError, match=r"teacher\.fingerprint"):
+        build_cache(config)
+
+
 def test_identity_sees_into_wrapped_tensors() -> None:
     """Quantised tensors are classes that hold plain ones; torch's own `TwoTensor` has the same shape."""
     from torch.testing._internal.two_tensor import TwoTensor
@@ -189,3 +275,46 @@ def test_adapter_is_part_of_the_teacher(teacher_folder: Path, tmp_path: Path) ->
     assert len({*prints.values(), _teacher(teacher_folder).fingerprint}) == 4
     with pytest.raises(InputError, match="can not be put on teacher"):
         _teacher(teacher_folder, adapter=str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torchao, about torch
+@pytest.mark.parametrize("head", [False, True])
+def test_a_quantised_checkpoint_is_a_teacher(
+    head: bool, teacher_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint that torchao quantised to 8 bits, opened as its own settings say; with `head`, its head too."""
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM, TorchAoConfig
+
+    torch.manual_seed(0)
+    plain, folder = make_tokenizer(tmp_path / "plain"), make_tokenizer(tmp_path / "quantised")
+    LlamaForCausalLM(llama_config(tie_word_embeddings=False)).save_pretrained(plain)
+    scheme = TorchAoConfig(Int8WeightOnlyConfig(version=2), include_input_output_embeddings=head)
+    made = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, quantization_config=scheme)
+    made.save_pretrained(folder)
+    with torch.no_grad():
+        own = made(input_ids=TOKENS).logits
+
+    one, again, unquantised = _teacher(folder), _teacher(folder), _teacher(plain)
+    assert one.fingerprint == again.fingerprint != unquantised.fingerprint
+    assert (one.chunked_head, unquantised.chunked_head) == (not head, True)
+    torch.testing.assert_close(_logits(folder), own, rtol=1e-5, atol=1e-5)
+    assert (own - _logits(plain)).abs().max() > 0.01
+
+    digests = []
+    for name in "cd":
+        out = tmp_path / name
+        command = ["cache", "--teacher", str(folder), "--data", str(text_file), "--seq-len", "16", "--out", str(out)]
+        assert main([*command, "--max-sequences", "12"]) == 0
+        shards = sorted(path for path in (out / "shards").rglob("0") if path.is_file())
+        digests.append([path.read_bytes() for path in shards])
+    assert len(digests[0]) > 5
+    assert digests[0] == digests[1]
+    cache = stillroom.open_cache(tmp_path / "c")
+    assert cache.manifest.teacher.fingerprint == one.fingerprint
+    assert main(["inspect", str(tmp_path / "c")]) == 0
+    assert one.fingerprint[:12] in capsys.readouterr().out
+    assert audit_line(cache, again, sequences=12).sound
+    assert not audit_line(cache, unquantised, sequences=12).sound
