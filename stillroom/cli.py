@@ -105,7 +105,8 @@ VERBS = {
         "stillroom.commands:EvaluateConfig",
         "stillroom.commands:evaluate",
         "Measure a student on held-out text: loss, KL to the teacher, agreement, calibration, acceptance.",
-        "  stillroom evaluate --student student/ --teacher teacher/ --data heldout.jsonl --seq-len 256",
+        "  stillroom evaluate --student student/ --teacher teacher/ --data heldout.jsonl --seq-len 256\n"
+        "  stillroom evaluate --student student/ --cache heldout-cache/",
     ),
     "demo": Verb(
         "stillroom.commands:DemoConfig",

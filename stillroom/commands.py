@@ -166,13 +166,13 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> Evaluation:
     with Reporter() as report:
         result = measure(
             config.student,
-            tokens_SL1=_held_out_tokens(config),
+            **_held_out(config),
             teacher=config.teacher,
             batch_size=config.batch_size,
             on_progress=lambda done, total: report("evaluate", done, total),
         )
     if not as_json:
-        show_pairs(f"student {config.student}", [(k, _number(v)) for k, v in asdict(result).items() if v is not None])
+        show_pairs(f"student {config.student}", _evaluation(result))
     return result
 
 
@@ -227,19 +227,25 @@ def _inspection(opened: Cache, sample: int) -> Inspection:
     )
 
 
-def _held_out_tokens(config: EvaluateConfig) -> Any:
+def _evaluation(result: Evaluation) -> list[tuple[str, str]]:
+    """Figures, and beside those that are not exact or not of all rows what they are."""
+    figures = asdict(result)
+    sampled, top1_rows = figures.pop("sampled"), figures.pop("top1_rows")
+    remarks = dict.fromkeys(sampled, " (estimated from sampled targets)")
+    if top1_rows is not None:
+        remarks["top1_agreement"] = f" (of {top1_rows:,} rows whose first choice the cache keeps)"
+    return [(k, _number(v) + remarks.get(k, "")) for k, v in figures.items() if v is not None]
+
+
+def _held_out(config: EvaluateConfig) -> dict[str, Any]:
+    """What to evaluate on, as arguments."""
     if (config.data is None) == (config.cache is None):
         raise InputError("evaluate needs held-out rows: give --data TEXT or --cache DIR, one of them")
     if config.cache is not None:
         from stillroom.storage.cache import open_cache
 
         opened = open_cache(config.cache)
-        if opened.manifest.packing.policy != "concat":
-            raise InputError(
-                f"cache {config.cache} is packed by {opened.manifest.packing.policy}, and evaluate reads sequences whole: give "
-                "held-out text with --data"
-            )
-        return opened.read(range(min(len(opened), config.max_sequences))).tokens
+        return {"cache": opened, "rows": config.max_sequences * opened.manifest.packing.seq_len}
     assert config.data is not None
     from stillroom.pipeline.config import CorpusConfig
     from stillroom.pipeline.packing import pack
@@ -252,7 +258,7 @@ def _held_out_tokens(config: EvaluateConfig) -> Any:
         seq_len=config.seq_len,
         max_sequences=config.max_sequences,
     )
-    return pack(corpus, load_tokenizer(config.student)).tokens_SL1
+    return {"tokens_SL1": pack(corpus, load_tokenizer(config.student)).tokens_SL1}
 
 
 def _note(metrics: dict[str, Any]) -> str:

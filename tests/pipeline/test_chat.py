@@ -22,6 +22,7 @@ from stillroom.pipeline.teacher import load_tokenizer
 from stillroom.storage.errors import InputError
 from stillroom.storage.verify import verify
 from stillroom.train.data import CacheDataset
+from stillroom.train.evaluate import evaluate
 
 PLAIN = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>\n{% endfor %}"
@@ -152,6 +153,10 @@ def test_a_conversation_cache_keeps_assistant_rows_only(teacher_folder: Path, tm
         np.testing.assert_array_equal(some.weights, every.weights[kept_E])
         np.testing.assert_array_equal(np.isnan(some.label_logp), ~packed.mask_SL[index])
         np.testing.assert_array_equal(np.isnan(some.entropy), ~packed.mask_SL[index])
+    measured = evaluate(teacher, cache=chat)
+    said = chat.read(range(len(chat))).targets.label_logp
+    assert measured.rows == packed.mask_SL.sum()
+    assert measured.lm_loss == pytest.approx(-np.nanmean(said), abs=1 / 256 + 1e-4)
 
 
 @pytest.mark.parametrize("with_targets", [True, False])

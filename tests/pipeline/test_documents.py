@@ -25,6 +25,7 @@ from stillroom.storage.segments import positions_of
 from stillroom.storage.verify import verify
 from stillroom.train.config import TrainConfig
 from stillroom.train.data import CacheDataset
+from stillroom.train.evaluate import evaluate
 from stillroom.train.run import train_student
 
 SMALL: dict[str, Any] = dict(
@@ -208,11 +209,36 @@ def test_training_passes_positions_to_student_and_live_teacher(
     assert train_student(TrainConfig(out=tmp_path / "untold", **settings)).loss != told
 
 
-def test_what_reads_sequences_whole_refuses(
-    made: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+def test_evaluate_gives_both_models_the_positions(
+    made: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["evaluate", "--student", str(teacher_folder), "--cache", str(made / "c")]) == 2
-    assert "is packed by documents, and evaluate reads sequences whole" in capsys.readouterr().err
+    """The teacher as its own student: what the cache says of its labels, rows across documents left out."""
+    command = ["evaluate", "--student", str(teacher_folder), "--cache", str(made / "c"), "--json"]
+
+    def measured(*more: str) -> dict[str, Any]:
+        assert main([*command, *more]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    cache = stillroom.open_cache(made / "c")
+    targets = cache.read(range(len(cache))).targets
+    kept_N = np.diff(targets.offsets) > 0
+    assert not kept_N.all()
+    alone, beside = measured(), measured("--teacher", str(teacher_folder))
+    assert alone["rows"] == beside["rows"] == kept_N.sum()
+    assert alone["lm_loss"] == pytest.approx(-targets.label_logp[kept_N].mean(), abs=1 / 256 + 1e-4)
+    assert (alone["sampled"], beside["sampled"]) == (["kl", "acceptance"], [])
+    assert beside["teacher_lm_loss"] == beside["lm_loss"] == pytest.approx(alone["lm_loss"])
+    assert (beside["top1_agreement"], alone["top1_agreement"]) == (1, 1)
+    assert beside["kl"] == pytest.approx(0, abs=1e-6)
+    monkeypatch.setattr(
+        "stillroom.train.data.positions_of", lambda starts: np.broadcast_to(np.arange(24), (len(starts), 24)).copy()
+    )
+    assert measured()["kl"] > abs(alone["kl"]) + 0.2  # untold, it is no longer the teacher
+    assert main(command[:-1]) == 0
+    said = capsys.readouterr().out
+    assert "(estimated from sampled targets)" in said
+    assert "rows whose first choice the cache keeps)" in said
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -221,4 +247,6 @@ def test_a_student_that_mixes_documents_is_refused_by_name(made: Path, teacher_f
     config = TrainConfig(student=str(folder), cache=str(made / "c"), steps=1, batch_size=2, out=tmp_path / "run")
     with pytest.raises(InputError, match=r"student .*mamba \(mamba\) does not read packed documents apart"):
         train_student(config)
+    with pytest.raises(InputError, match=r"student .*mamba \(mamba\) does not read packed documents apart"):
+        evaluate(folder, cache=stillroom.open_cache(made / "c"))
     assert not (tmp_path / "run").exists()

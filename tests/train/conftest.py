@@ -125,6 +125,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, tokens_S
                 drawn = sample(
                     model(input_ids=tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten(), kind=spec.kind,
                     draws=spec.draws, seed=spec.seed, sequence_N=sequence_N, row_N=row_N, top_p=spec.top_p,
+                    exponent=spec.exponent,
                 )  # fmt: skip
             names = ("offsets", "ids", "weights", "label_logp", "entropy", "logp")
             targets = SparseTargets(*(getattr(drawn, name).numpy() for name in names))
