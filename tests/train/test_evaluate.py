@@ -125,7 +125,7 @@ HEAD_RATIO = DRAWS ** (1 / 191)
 @pytest.mark.parametrize(
     "sampler",
     [
-        {}, {"keep_logp": "head"}, {"kind": "random"}, {"kind": "systematic"}, {"kind": "random", "keep_logp": "none"},
+        {}, {"keep_logp": "head"}, {"kind": "random"}, {"kind": "systematic", "keep_logp": "none"},
         {"kind": "random", "exponent": 0.7},
     ],
 )  # fmt: skip
@@ -142,7 +142,8 @@ def test_a_cache_stands_in_for_the_teacher(
     assert (exact.sampled, exact.top1_rows) == ((), None)
     assert (found.lm_loss, found.ece, found.rows) == pytest.approx((exact.lm_loss, exact.ece, exact.rows))
     assert found.teacher_lm_loss == pytest.approx(exact.teacher_lm_loss, abs=LABEL_LOGP_STEP / 2 + 1e-6)
-    assert exact == evaluate(near, tokens_SL1=tokens_SL1, teacher=teacher)
+    if not sampler:
+        assert exact == evaluate(near, tokens_SL1=tokens_SL1, teacher=teacher)
 
     q, p = (_probabilities(m, tokens_SL1, 97) for m in (near, teacher))
     targets = cache.read(range(len(cache))).targets
@@ -195,8 +196,10 @@ def test_what_a_partial_cache_can_say(make_cache: Callable[..., Path], near: Pat
     assert (bare.teacher_lm_loss, bare.top1_agreement is None, bare.rows) == (None, False, 31)
 
 
-def test_rows_without_targets_do_not_count(make_cache: Callable[..., Path], near: Path, teacher: Path) -> None:
-    whole, holed = (stillroom.open_cache(make_cache(hole=hole)) for hole in (False, True))
+def test_rows_without_targets_do_not_count(
+    make_cache: Callable[..., Path], cache: Path, near: Path, teacher: Path
+) -> None:
+    holed, whole = stillroom.open_cache(make_cache(hole=True)), stillroom.open_cache(cache)
     for beside in (None, teacher):
         found = evaluate(near, cache=holed, teacher=beside, rows=16)
         every = evaluate(near, cache=whole, teacher=beside, rows=16)
