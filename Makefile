@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
-$(READY): pyproject.toml setup.py storage/unpack.c storage/pack.c constraints.txt
+$(READY): pyproject.toml setup.py storage/unpack.c storage/pack.c kernels/sample/rows.c constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stillroom.kernels.backend import resolve
-from stillroom.kernels.sample import reference, steps
+from stillroom.kernels.sample import reference, rows, steps
 from stillroom.kernels.sample.checks import Request, check_arguments
 from stillroom.kernels.sample.ranks import Alone, Processes
 from stillroom.kernels.sample.shares import Share, TorchShare
@@ -67,6 +67,8 @@ def sample(
     """
     request = Request(labels_N, sequence_N, row_N, kind, draws, seed, exponent, top_p)
     check_arguments(logits_NV, request)
+    if impl == "auto" and rows.takes(logits_NV, request):
+        return rows.sample(logits_NV, request)
     if resolve(impl, logits_NV) == "reference":
         return reference.sample(logits_NV, request)
     return steps.sample(_triton_share(logits_NV, 0), request, Alone(), logits_NV.shape[1])
