@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from benchmarks import kernels_gpu, report
+from stillroom.kernels.sample import rows as compiled
 from stillroom.kernels.sample import sample
 from stillroom.kernels.sparse_kd import sparse_kd_loss
 from stillroom.kernels.targets import SparseTargets
@@ -27,7 +28,9 @@ ROWS, VOCABULARY, KEPT, ALPHA = 512, 32_000, 50, 0.3
 DRAWS = 50
 SAMPLER_SHAPES = ((4_096, 2_048), (32_000, 256), (128_256, 64))  # (V, N): 8 M logits each
 SAMPLER_KINDS = ("threshold", "systematic", "stratified", "random", "top_k")
+IN_PYTORCH = " in PyTorch"  # behind a kind: impl="reference" instead of the compiled loops
 CROSS_ENTROPY = "F.cross_entropy"
+SOFTMAX = "softmax alone"
 MULTINOMIAL = "softmax + torch.multinomial"
 
 
@@ -91,13 +94,17 @@ def sampler_variants(vocabulary: int, rows: int) -> tuple[dict[str, Callable[[],
         torch.arange(rows) % 512,
     )
 
-    def draw(kind: str) -> Callable[[], SparseTargets]:
-        return lambda: sample(logits_NV, labels_N, kind=kind, draws=DRAWS, seed=0, sequence_N=sequence_N, row_N=row_N)
+    def draw(kind: str, impl: str = "auto") -> Callable[[], SparseTargets]:
+        keys: dict[str, Any] = dict(sequence_N=sequence_N, row_N=row_N)
+        return lambda: sample(logits_NV, labels_N, kind=kind, draws=DRAWS, seed=0, impl=impl, **keys)
 
     variants: dict[str, Callable[[], Any]] = {
-        MULTINOMIAL: lambda: torch.multinomial(torch.softmax(logits_NV, 1), DRAWS, replacement=True)
+        SOFTMAX: lambda: torch.softmax(logits_NV, 1),
+        MULTINOMIAL: lambda: torch.multinomial(torch.softmax(logits_NV, 1), DRAWS, replacement=True),
     }
     variants |= {kind: draw(kind) for kind in SAMPLER_KINDS}
+    if compiled.COMPILED:
+        variants |= {kind + IN_PYTORCH: draw(kind, "reference") for kind in compiled.KINDS}
     return variants, draw("threshold")().ids.numel() / rows
 
 
@@ -105,7 +112,13 @@ def measure(threads: int, repeats: int) -> dict[str, Any]:
     """Everything, in milliseconds and microseconds."""
     figures: dict[str, Any] = {
         "loss": {"rows": ROWS, "vocabulary": VOCABULARY, "entries_per_row": KEPT, "alpha": ALPHA, "ms": {}},
-        "sampler": {"draws": DRAWS, "us_per_row": {}, "entries_per_row": {}},
+        "sampler": {
+            "draws": DRAWS,
+            "compiled": compiled.COMPILED,
+            "us_per_row": {},
+            "wall_us_per_row": {},
+            "entries_per_row": {},
+        },
         "repeats": repeats,
         "load_average": round(os.getloadavg()[0], 1),
         "cores": len(os.sched_getaffinity(0)),
@@ -124,6 +137,12 @@ def measure(threads: int, repeats: int) -> dict[str, Any]:
             name: round(value / rows * 1e6, 1) for name, value in seconds.items()
         }
         figures["sampler"]["entries_per_row"][str(vocabulary)] = round(entries, 1)
+    torch.set_num_threads(threads)
+    for vocabulary, rows in SAMPLER_SHAPES:
+        seconds = report.interleaved(sampler_variants(vocabulary, rows)[0], repeats)
+        figures["sampler"]["wall_us_per_row"][str(vocabulary)] = {
+            name: round(value / rows * 1e6, 1) for name, value in seconds.items()
+        }
     return figures
 
 
@@ -139,12 +158,21 @@ def page(figures: dict[str, Any]) -> str:
         ["forward + backward, ms (x F.cross_entropy)", *loss["ms"]], [[n, *c] for n, c in cells.items()]
     )
     per_row = sampler["us_per_row"]
-    sampler_table = report.table(
-        ["us per row (x multinomial)", *(f"V = {int(v):,}" for v in per_row)],
-        [
-            [name, *(f"{times[name]:.1f} ({times[name] / times[MULTINOMIAL]:.1f})" for times in per_row.values())]
-            for name in (MULTINOMIAL, *SAMPLER_KINDS)
-        ],
+    sampler_table, wall_table = (
+        report.table(
+            ["us per row (x multinomial)", *(f"V = {int(v):,}" for v in by_vocabulary)],
+            [
+                [
+                    name,
+                    *(
+                        f"{times[name]:.1f} ({times[name] / times[MULTINOMIAL]:.2f})"
+                        for times in by_vocabulary.values()
+                    ),
+                ]
+                for name in next(iter(by_vocabulary.values()))
+            ],
+        )
+        for by_vocabulary in (per_row, sampler["wall_us_per_row"])
     )
     ratios = {
         key: times["sparse_kd_loss"] / times[CROSS_ENTROPY] for key, times in loss["ms"].items() if "float32" in key
@@ -154,11 +182,13 @@ def page(figures: dict[str, Any]) -> str:
         for key, ratio in ratios.items()
     )
     kept = ", ".join(f"{entries} (V = {int(v):,})" for v, entries in sampler["entries_per_row"].items())
+    loops = "`rows.c`, compiled" if sampler["compiled"] else "PyTorch too: nothing was compiled here"
     per_logit = statistics.median(times["threshold"] * 1e3 / int(v) for v, times in per_row.items())
     return f"""
-Measured on a CPU: no CUDA GPU was at hand for this page. What runs is `reference.py` of each family, plain PyTorch, which is
-the CPU path. The Triton kernels are held equal to it in Triton's interpreter and compiled for a GPU without one, but their
-speed has not been measured: where there is a CUDA device the same command measures it and writes a page of its own.
+Measured on a CPU: no CUDA GPU was at hand for this page. What runs is `reference.py` of each family, plain PyTorch, and for
+the samplers {loops}. The Triton kernels are held equal to it in Triton's interpreter and compiled
+for a GPU without one, but their speed has not been measured: where there is a CUDA device the same command measures it and
+writes a page of its own.
 Load average {figures["load_average"]} on {figures["cores"]} cores before the run.
 Medians of {figures["repeats"]} runs, variants in turn.
 
@@ -183,6 +213,10 @@ float32 logits, {sampler["draws"]} draws, CPU time of one thread; log-probabilit
 Zipf-Mandelbrot; `threshold` keeps this many entries of a row: {kept}.
 
 {sampler_table}
+
+The same by the clock, on all threads PyTorch uses here:
+
+{wall_table}
 
 `threshold` takes about {per_logit:.1f} ns per logit. Part of that is the price of whole numbers and of an exponential spelled out
 in single-precision additions and multiplications, so that a row's draws are the same bits in any batch, on any number

@@ -51,9 +51,11 @@ def sample(
         row_N: `[N]` int64, index of the row in its sequence, below 2**24.
         exponent: proposal q ~ p**exponent of `random`; 1.0 for every other kind.
         top_p: probability mass `top_p` keeps, in (0, 1]; 1.0 for every other kind.
-        impl: `auto`, `triton` or `reference`; see `kernels.backend.resolve`. Ids, weights, offsets and order are the same
-            bits for all of them. So are `logp`, `label_logp` and `entropy` on one device; a GPU's double-precision
-            logarithm may differ from a CPU's in its last bit, which can show in the last bit of their float32.
+        impl: `auto`, `triton` or `reference`; see `kernels.backend.resolve`. On a CPU `auto` takes the compiled loops of
+            `rows.py` where they were built and know the kind, and plain PyTorch for the rest. Ids, weights, offsets and
+            order are the same bits for all of them. So are `logp`, `label_logp` and `entropy` on one device; a GPU's
+            double-precision logarithm may differ from a CPU's in its last bit, which can show in the last bit of their
+            float32.
 
     Returns:
         Targets with `logp`. Entries of a row: `threshold` head by weight descending, then id, then tail by id; counts by

@@ -1,4 +1,4 @@
-"""Samplers in plain PyTorch: teacher logits to sparse, unbiased targets. No Triton; this is also the CPU path.
+"""Samplers in plain PyTorch: teacher logits to sparse, unbiased targets. No Triton. On a CPU this runs where `rows.py` does not.
 
 `weights.py` turns logits into whole numbers, `draw.py` picks entries from them, `finish.py` makes targets of those; this
 file goes through the rows.
