@@ -95,7 +95,7 @@ def _laws(kind: str, p: Array, rows: int) -> tuple[Array, Array, int, float]:
         certain, first, last = _strata(p)
         return certain, (first + last) / 2, 2 * rows, 1 / DRAWS
     tail = np.where(p >= 1 / DRAWS, 0.0, p)
-    many = max(1, math.floor(DRAWS * tail.sum()))
+    many = max(1, math.floor(DRAWS * tail.sum() * (1 + 1e-12)))  # a tail that is all of p may sum to a bit less than 1
     return np.zeros_like(p), tail * many / tail.sum(), rows, tail.sum() / many
 
 
