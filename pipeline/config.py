@@ -65,6 +65,12 @@ class TeacherConfig(BaseModel):
     device_map: str | None = Field(
         None, description="spread one teacher over the devices of this process: auto, balanced, sequential or a device"
     )
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="hold one teacher with so many processes, each a slice of every matrix, under torchrun: each group of so many "
+        "is one worker",
+    )
     adapter: str | None = Field(None, description="folder or hub id of a PEFT adapter to put on the teacher")
     vocab_size: int | None = Field(
         None,

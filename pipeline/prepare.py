@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from stillroom.pipeline.budget import settled_spec
 from stillroom.pipeline.config import CacheConfig
@@ -21,6 +21,9 @@ from stillroom.storage.errors import InputError
 from stillroom.storage.manifest import CorpusInfo, Manifest, PackingInfo, TeacherInfo, TokenizerInfo
 from stillroom.storage.spec import SamplerSpec
 from stillroom.storage.writer import CacheWriter
+
+if TYPE_CHECKING:
+    from stillroom.pipeline.group import Group
 
 LIBRARIES: Final = ("stillroom", "torch", "transformers", "tokenizers", "numpy")
 
@@ -75,12 +78,15 @@ class Prepared:
         return {**self.__dict__, "_teacher": []}
 
 
-def prepare(config: CacheConfig, on_progress: Progress = lambda stage, done, total: None) -> Prepared:
+def prepare(
+    config: CacheConfig, on_progress: Progress = lambda stage, done, total: None, group: Group | None = None
+) -> Prepared:
     """Load teacher and tokenizer, pack the corpus, and put manifest and tokenizer into the cache.
 
     Args:
         config: teacher, corpus, sampler, directory.
         on_progress: told (stage, done, total): stage `pack` counts documents (total 0: unknown).
+        group: the processes that hold the teacher together; the others load it at the same time.
 
     Raises:
         InputError: a teacher or corpus that can not be used.
@@ -88,7 +94,7 @@ def prepare(config: CacheConfig, on_progress: Progress = lambda stage, done, tot
     """
     config.sampler_spec()  # before anything is loaded: its complaints
     tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    teacher = Teacher(config)
+    teacher = Teacher(config, group)
     _check_fit(config, teacher, tokenizer)
     corpus = pack(config, tokenizer, on_progress=lambda done: on_progress("pack", done, 0))
     spec = settled_spec(config, teacher, corpus)

@@ -84,7 +84,9 @@ def probe(teacher: Teacher, corpus: PackedCorpus, *, batch_size: int) -> Probe:
     Raises:
         InputError: the first sequences have no row that gets a target.
     """
-    tokens_SL1 = np.ascontiguousarray(corpus.tokens_SL1[:PROBE_SEQUENCES])
+    corpus = _beginning(corpus)
+    teacher.together(probe, corpus, batch_size=batch_size)
+    tokens_SL1 = np.ascontiguousarray(corpus.tokens_SL1)
     sequences, seq_len = len(tokens_SL1), tokens_SL1.shape[1] - 1
     room = min(PROBE_ROWS, PROBE_ELEMENTS // teacher.vocab_size)
     each = max(1, min(seq_len, room // sequences))
@@ -102,7 +104,7 @@ def probe(teacher: Teacher, corpus: PackedCorpus, *, batch_size: int) -> Probe:
             kept = np.arange(seq_len) if corpus.mask_SL is None else np.flatnonzero(corpus.mask_SL[begin + index])
             few = min(each, len(kept))
             rows = torch.from_numpy(kept[np.arange(few) * len(kept) // max(1, few)])
-            logits.append(teacher.head(states_BLX[index][rows.to(states_BLX.device)]))
+            logits.append(teacher.whole(teacher.head(states_BLX[index][rows.to(states_BLX.device)])))
             labels.append(batch[index, rows + 1])
             sequence.append(torch.full_like(rows, begin + index))
             row.append(rows)
@@ -113,3 +115,13 @@ def probe(teacher: Teacher, corpus: PackedCorpus, *, batch_size: int) -> Probe:
         )
     logits_PV = torch.cat(logits)
     return Probe(logits_PV, *(torch.cat(parts).to(logits_PV.device) for parts in (labels, sequence, row)))
+
+
+def _beginning(corpus: PackedCorpus) -> PackedCorpus:
+    first = slice(PROBE_SEQUENCES)
+    return replace(
+        corpus,
+        tokens_SL1=corpus.tokens_SL1[first],
+        mask_SL=None if corpus.mask_SL is None else corpus.mask_SL[first],
+        starts_SL1=None if corpus.starts_SL1 is None else corpus.starts_SL1[first],
+    )

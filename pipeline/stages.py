@@ -2,9 +2,11 @@
 
 On CUDA the body of the next batch is queued before the head, sampler and copy of this one, which run beside it on a stream of
 their own: the GPU goes from forward to forward, and the one wait of the sampler is hidden. On a CPU there is nothing to overlap
-with and each batch goes straight through.
+with and each batch goes straight through. Nor is there overlap where several processes hold the teacher together: their
+exchanges must come in one order.
 
-Shapes: `B` sequences of a batch, `L` rows per sequence, `N` rows in work, `X` width of what the head reads, `V` vocabulary.
+Shapes: `B` sequences of a batch, `L` rows per sequence, `N` rows in work, `X` width of what the head reads, `V` vocabulary, `C`
+columns of it that this process has logits of.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -22,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from stillroom.kernels import targets as torch_targets
-from stillroom.kernels.sample import sample
+from stillroom.kernels.sample import sample, sample_sharded
 from stillroom.pipeline.host import spread, to_host
 from stillroom.pipeline.pieces import LOGITS_BYTES, Piece, piece_rows, pieces_of
 from stillroom.pipeline.stage_clock import StageClock
@@ -106,9 +109,9 @@ class Sampling:
     ) -> None:
         self._teacher, self._spec, self._skip = teacher, spec, skip_bad_rows
         self._clock = clock or StageClock(teacher.device)
-        self._ahead = 1 if teacher.device.type == "cuda" else 0
+        self._ahead = 1 if teacher.device.type == "cuda" and teacher.group is None else 0
         self._side: torch.cuda.Stream | None = None
-        self._logits_NV: torch.Tensor | None = None
+        self._logits_NC: torch.Tensor | None = None
         self.batch_size, self.bad_rows = batch_size, 0
         self.notes: list[str] = []
 
@@ -118,6 +121,9 @@ class Sampling:
         Raises:
             InputError: logits that no sampler can use, naming sequence and row; too little memory.
         """
+        if self._teacher.group is not None:
+            batches = list(batches)
+            self._teacher.together(_follow, self._spec, batches, batch_size=self.batch_size, skip_bad_rows=self._skip)
         source, todo, flying = iter(batches), deque[Batch](), deque[_Flight]()
         while True:
             if not todo:
@@ -136,7 +142,7 @@ class Sampling:
                 again = [flight.batch for flight in flying] + list(todo)
                 todo = deque(part for batch in again for part in batch.split(self.batch_size))
                 flying.clear()
-                self._logits_NV = None
+                self._logits_NC = None
                 continue
             yield flying.popleft().batch, targets
 
@@ -174,45 +180,48 @@ class Sampling:
                 parts.append(self._sampled(flight, group, room[:rows]))
         return parts[0] if len(parts) == 1 else SparseTargets.concat(parts)
 
-    def _sampled(self, flight: _Flight, group: list[Piece], logits_NV: torch.Tensor) -> SparseTargets:
-        batch, device, end = flight.batch, logits_NV.device, 0
+    def _sampled(self, flight: _Flight, group: list[Piece], logits_NC: torch.Tensor) -> SparseTargets:
+        batch, device, end = flight.batch, logits_NC.device, 0
         with self._clock.stage("head", device):
             for piece in group:
                 start, end = end, end + piece.stop - piece.start
-                self._teacher.head(flight.states_BLX[piece.index, piece.start : piece.stop], out=logits_NV[start:end])
+                self._teacher.head(flight.states_BLX[piece.index, piece.start : piece.stop], out=logits_NC[start:end])
         row_N = np.concatenate([np.arange(piece.start, piece.stop) for piece in group])
         index_N = np.concatenate([np.full(piece.stop - piece.start, piece.index) for piece in group])
         labels_N = batch.tokens_BL1[index_N, row_N + 1].astype(np.int64)
         keep_N = np.ones(len(row_N), np.bool_) if batch.keep_BL is None else batch.keep_BL[index_N, row_N]
         keys_3N = np.stack((labels_N, batch.first + index_N, row_N))
         with self._clock.stage("sample", device):
-            targets = self._drawn(logits_NV, keys_3N, keep_N)
+            targets = self._drawn(logits_NC, keys_3N, keep_N)
         with self._clock.stage("copy", device):
             return to_host(targets)
 
     def _drawn(
-        self, logits_NV: torch.Tensor, keys_3N: npt.NDArray[np.int64], keep_N: npt.NDArray[np.bool_]
+        self, logits_NC: torch.Tensor, keys_3N: npt.NDArray[np.int64], keep_N: npt.NDArray[np.bool_]
     ) -> torch_targets.SparseTargets:
         try:
-            return self._draw(logits_NV, keys_3N, keep_N)
+            return self._draw(logits_NC, keys_3N, keep_N)
         except ValueError as error:
-            bad_N = keep_N & ~torch.isfinite(logits_NV.amax(1)).cpu().numpy()
+            bad_N = keep_N & ~torch.isfinite(self._teacher.tops(logits_NC)).cpu().numpy()
             if not bad_N.any():
                 raise InputError(f"teacher {self._teacher.name} can not be sampled: {error}") from error
             if not self._skip:
                 raise InputError(_bad_logits(self._teacher, keys_3N[1:, bad_N], error)) from error
         self.bad_rows += int(bad_N.sum())
-        return self._draw(logits_NV, keys_3N, keep_N & ~bad_N)
+        return self._draw(logits_NC, keys_3N, keep_N & ~bad_N)
 
     def _draw(
-        self, logits_NV: torch.Tensor, keys_3N: npt.NDArray[np.int64], keep_N: npt.NDArray[np.bool_]
+        self, logits_NC: torch.Tensor, keys_3N: npt.NDArray[np.int64], keep_N: npt.NDArray[np.bool_]
     ) -> torch_targets.SparseTargets:
-        spec, device, rows = self._spec, logits_NV.device, len(keep_N)
+        spec, device, rows = self._spec, logits_NC.device, len(keep_N)
         kept = None if keep_N.all() else torch.from_numpy(np.flatnonzero(keep_N)).to(device)
         keys = torch.from_numpy(keys_3N[:, keep_N])
         labels_N, sequence_N, row_N = keys.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else keys
-        targets = sample(
-            logits_NV if kept is None else logits_NV[kept],
+        draw = sample
+        if self._teacher.sharded:
+            draw = partial(sample_sharded, vocab_start=self._teacher.ids_here[0], vocab_size=self._teacher.vocab_size)
+        targets = draw(
+            logits_NC if kept is None else logits_NC[kept],
             labels_N,
             kind=spec.kind,
             draws=spec.draws,
@@ -225,13 +234,14 @@ class Sampling:
         return targets if kept is None else spread(targets, kept, rows)
 
     def _room(self, length: int, device: torch.device) -> torch.Tensor:
-        """The one buffer of logits, `[N, V]`: at least one piece, at most a batch."""
-        if self._logits_NV is None:
+        """The one buffer of logits, `[N, C]`: at least one piece, at most a batch."""
+        if self._logits_NC is None:
             rows = piece_rows(length, self._teacher.vocab_size, device)
             most = LOGITS_BYTES.get(device.type, LOGITS_BYTES["cpu"]) // (4 * self._teacher.vocab_size)
             rows = max(rows, min(most, self.batch_size * length))
-            self._logits_NV = torch.empty(rows, self._teacher.vocab_size, device=device)
-        return self._logits_NV
+            start, stop = self._teacher.ids_here
+            self._logits_NC = torch.empty(rows, stop - start, device=device)
+        return self._logits_NC
 
     def _beside(self, flight: _Flight) -> AbstractContextManager[Any]:
         """The side stream, behind the batch's body."""
@@ -244,6 +254,11 @@ class Sampling:
         return torch.cuda.stream(self._side)
 
     def _halve(self, error: torch.OutOfMemoryError) -> None:
+        if self._teacher.group is not None:  # the others are inside the batch and can not go back
+            raise InputError(
+                f"teacher {self._teacher.name} ran out of memory with {self.batch_size} sequences a batch in a process of "
+                f"{self._teacher.group.size}: lower --batch-size or --seq-len, or raise --tensor-parallel"
+            ) from error
         if self.notes or self.batch_size == 1:
             raise InputError(
                 f"teacher {self._teacher.name} ran out of memory with {self.batch_size} sequences a batch: "
@@ -279,6 +294,14 @@ def sample_sequences(
         for batch, targets in sampling(Batch(first_sequence, tokens_BL1).split(batch_size))
         for index in range(len(batch))
     ]
+
+
+def _follow(
+    teacher: Teacher, spec: SamplerSpec, batches: list[Batch], *, batch_size: int, skip_bad_rows: bool
+) -> None:
+    """What the other processes that hold a teacher do while the first samples `batches`: the same."""
+    for _ in Sampling(teacher, spec, batch_size=batch_size, skip_bad_rows=skip_bad_rows)(batches):
+        pass
 
 
 def _bad_logits(teacher: Teacher, where_2N: npt.NDArray[np.int64], error: ValueError) -> str:

@@ -40,7 +40,8 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 of a loaded model's identity.
 
     Args:
-        model: with its adapter, if any. Tensors of wrapper classes (quantised ones) are hashed by the plain tensors inside.
+        model: with its adapter, if any. Tensors of wrapper classes (quantised ones) are hashed by the plain tensors inside,
+            those cut over processes as a whole: every process of the group has to call this, and all get the same.
 
     Raises:
         InputError: some of its weights are not on a device.
@@ -65,6 +66,8 @@ def _plain_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
             f"the teacher's {name} is left off the devices, so that it is neither fast nor to be identified: "
             "give it more devices or memory, or another --device-map"
         )
+    elif hasattr(value, "full_tensor"):  # a DTensor: one at a time is put together, and forgotten
+        yield from _plain_tensors(name, value.detach().full_tensor())
     elif hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
         for inner in names:

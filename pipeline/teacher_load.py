@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from stillroom.pipeline.config import TeacherConfig
 from stillroom.storage.errors import InputError
+
+
+_KEYS: Final = ("k_proj", "qkv_proj", "query_key_value")  # layers cut head by head
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -28,11 +31,12 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         ) from error
 
 
-def load_model(config: TeacherConfig, device: torch.device, dtype: torch.dtype) -> Any:
+def load_model(config: TeacherConfig, device: torch.device, dtype: torch.dtype, processes: int | None = None) -> Any:
     """The causal language model of `config`, its adapter in place, on its devices, ready to be run.
 
     A quantised checkpoint is opened as its own settings say. An adapter is not merged: rounding its product into low-precision
-    weights would make another teacher.
+    weights would make another teacher. With `processes` it is the library that cuts the model over those of this group, by the
+    plan that comes with its architecture; all of them have to call this.
 
     Raises:
         InputError: it can not be loaded, or has no head.
@@ -40,12 +44,18 @@ def load_model(config: TeacherConfig, device: torch.device, dtype: torch.dtype) 
     from transformers import AutoModelForCausalLM
 
     _check_path(config.teacher)
+    if processes is None and config.tensor_parallel > 1:
+        raise InputError(
+            f"--tensor-parallel came as {config.tensor_parallel} to one process alone: run `stillroom cache` under torchrun"
+        )
     options: dict[str, Any] = {}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    if config.device_map is not None or device.type == "cuda":
+    if processes is None and (config.device_map is not None or device.type == "cuda"):
         options["device_map"] = config.device_map or str(device)  # straight to the device, never whole on the host
     try:
+        if processes is not None:
+            options["distributed_config"] = _cut_by_plan(config, processes)
         model, info = AutoModelForCausalLM.from_pretrained(
             config.teacher,
             revision=config.revision,
@@ -54,6 +64,8 @@ def load_model(config: TeacherConfig, device: torch.device, dtype: torch.dtype) 
             output_loading_info=True,
             **options,
         )
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise InputError(
             f"teacher {config.teacher} can not be loaded as a causal language model ({_first_line(error)}): "
@@ -64,11 +76,47 @@ def load_model(config: TeacherConfig, device: torch.device, dtype: torch.dtype) 
         what = f"its weights lack {missing[0]}" if missing else "it has no output embeddings"
         raise InputError(f"teacher {config.teacher} has no causal-LM head ({what}): name a causal language model")
     if config.adapter is not None:
-        model = _with_adapter(model, config.adapter, config.teacher)
+        model = _with_adapter(model, config.adapter, config.teacher, cut=processes is not None)
     return model.eval()
 
 
-def _with_adapter(model: Any, adapter: str, teacher: str) -> Any:
+def _cut_by_plan(config: TeacherConfig, processes: int) -> Any:
+    """What tells the library to cut the model over `processes`.
+
+    Raises:
+        InputError: a model that can not be cut, or not by so many.
+    """
+    from transformers import AutoConfig
+    from transformers.distributed import DistributedConfig
+
+    if "tp_size" not in DistributedConfig.__dataclass_fields__:
+        raise InputError("--tensor-parallel needs a newer transformers (5.23 is known to do): pip install -U transformers")
+    settings = AutoConfig.from_pretrained(
+        config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    if getattr(settings, "quantization_config", None) is not None:
+        raise InputError(
+            f"teacher {config.teacher} is quantised, and --tensor-parallel cuts plain weights only: take the checkpoint it was "
+            "made from, or spread this one with --device-map auto"
+        )
+    text = settings.get_text_config()
+    plan = text.base_model_tp_plan or {}
+    if not plan:
+        raise InputError(
+            f"teacher {config.teacher} ({settings.model_type}) has no tensor-parallel plan in transformers: spread it over the GPUs "
+            "of one process with --device-map auto"
+        )
+    if any(style == "colwise" and key.rsplit(".", 1)[-1] in _KEYS for key, style in plan.items()):
+        heads = [getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
+        if any(isinstance(count, int) and count % processes for count in heads):
+            raise InputError(
+                f"--tensor-parallel came as {processes}, teacher {config.teacher} has {heads[0]} attention heads and {heads[1]} "
+                "key-value heads: take a number that divides both"
+            )
+    return DistributedConfig(tp_size=processes)
+
+
+def _with_adapter(model: Any, adapter: str, teacher: str, *, cut: bool) -> Any:
     try:
         peft = import_module("peft")
     except ImportError as error:
@@ -84,6 +132,11 @@ def _with_adapter(model: Any, adapter: str, teacher: str) -> Any:
     if wrapped.active_peft_config.is_prompt_learning:
         raise InputError(
             f"adapter {adapter} adds virtual tokens, which have no rows of their own: name one that changes weights (LoRA, say)"
+        )
+    if cut and (wrapped.active_peft_config.peft_type != "LORA" or wrapped.active_peft_config.use_dora):
+        raise InputError(
+            f"adapter {adapter} is no plain LoRA, the only kind known to work with --tensor-parallel: merge it into its teacher and "
+            "save that, or spread the teacher with --device-map auto"
         )
     inner = wrapped.get_base_model()
     inner.peft_config = wrapped.peft_config  # its settings are part of the teacher's identity

@@ -12,10 +12,11 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from stillroom.pipeline.config import CacheConfig
 from stillroom.pipeline.engines.here import run_place, sequences_of, settle_index, use_device_of_rank
+from stillroom.pipeline.engines.joined import check_engine, joined
 from stillroom.pipeline.engines.ranks import Place, place
 from stillroom.pipeline.engines.stop import Stop
 from stillroom.pipeline.prepare import Progress, prepare
@@ -25,6 +26,9 @@ from stillroom.storage.errors import InputError
 from stillroom.storage.index import read_index
 from stillroom.storage.manifest import MANIFEST_NAME, Manifest
 from stillroom.storage.writer import CacheWriter
+
+if TYPE_CHECKING:
+    from stillroom.pipeline.group import Group
 
 LIST_EVERY_S: Final = 2.0
 logger = logging.getLogger(__name__)
@@ -42,13 +46,15 @@ def build(config: CacheConfig, on_progress: Progress, stop: Stop) -> CacheResult
         InputError, PlanMismatchError, CacheError, OSError: as `build_cache`.
         Terminated: SIGTERM came.
     """
+    check_engine(config)
     at, start_s = place(config), time.perf_counter()
     if config.engine == "ranks":
         if config.workers is not None:
             raise InputError(
                 "--workers is for --engine local or ray: name one of them, or start this command several times"
             )
-        return _build_rank(config, at, on_progress, stop)
+        with joined(config, at) as (at, group):
+            return _build_rank(config, at, on_progress, stop, group)
     if config.engine == "local":
         from stillroom.pipeline.engines.local import run_local
 
@@ -67,12 +73,14 @@ def build(config: CacheConfig, on_progress: Progress, stop: Stop) -> CacheResult
     return _result(depot, manifest, before, time.perf_counter() - start_s, stats)
 
 
-def _build_rank(config: CacheConfig, at: Place, on_progress: Progress, stop: Stop) -> CacheResult:
+def _build_rank(
+    config: CacheConfig, at: Place, on_progress: Progress, stop: Stop, group: Group | None
+) -> CacheResult:
     if at.ranks > 1:
         use_device_of_rank()
         if at.rank:
             on_progress = _silent  # one of them speaks, for all
-    prepared = prepare(config, on_progress)
+    prepared = prepare(config, on_progress, group)
     writer, manifest = prepared.writer(), prepared.manifest
     before, start_s, stats = len(writer.committed()), time.perf_counter(), RunStats()
     if at.rank >= manifest.shards:
