@@ -68,8 +68,8 @@ class TeacherConfig(BaseModel):
     tensor_parallel: int = Field(
         1,
         ge=1,
-        description="hold one teacher with so many processes, each a slice of every matrix, under torchrun: each group of so many "
-        "is one worker",
+        description="under torchrun, hold one teacher with so many processes, each a slice of its matrices; such a group is one "
+        "worker",
     )
     adapter: str | None = Field(None, description="folder or hub id of a PEFT adapter to put on the teacher")
     vocab_size: int | None = Field(

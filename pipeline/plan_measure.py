@@ -13,6 +13,8 @@ from typing import Final
 
 import numpy as np
 
+from stillroom.pipeline.engines.joined import check_engine, joined
+from stillroom.pipeline.engines.ranks import place
 from stillroom.pipeline.intervals import Estimate, mean_of
 from stillroom.pipeline.noise import squared_error, squared_errors
 from stillroom.pipeline.plan_config import PlanConfig
@@ -125,10 +127,11 @@ def measure(config: PlanConfig, on_progress: Progress) -> Measurement:
         wanted = max(wanted, PROBE_SEQUENCES)
     if config.max_sequences is not None:
         wanted = min(wanted, config.max_sequences)
-    with tempfile.TemporaryDirectory() as folder:
+    check_engine(config)
+    with joined(config, place(config)) as (_, group), tempfile.TemporaryDirectory() as folder:
         per_shard = max(config.batch_size, -(-wanted // MEASURE_SHARDS))
         small = {"out": Path(folder) / "cache", "max_sequences": wanted, "sequences_per_shard": per_shard}
-        prepared = prepare(config.model_copy(update=small), on_progress)
+        prepared = prepare(config.model_copy(update=small), on_progress, group)
         teacher, manifest, corpus = prepared.teacher(), prepared.manifest, prepared.corpus
         if manifest.sequences < 2:
             raise InputError(

@@ -296,9 +296,7 @@ def sample_sequences(
     ]
 
 
-def _follow(
-    teacher: Teacher, spec: SamplerSpec, batches: list[Batch], *, batch_size: int, skip_bad_rows: bool
-) -> None:
+def _follow(teacher: Teacher, spec: SamplerSpec, batches: list[Batch], *, batch_size: int, skip_bad_rows: bool) -> None:
     """What the other processes that hold a teacher do while the first samples `batches`: the same."""
     for _ in Sampling(teacher, spec, batch_size=batch_size, skip_bad_rows=skip_bad_rows)(batches):
         pass

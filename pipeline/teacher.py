@@ -2,8 +2,8 @@
 
 Several processes may hold it together (`group`): then each has the logits of its own slice of the vocabulary.
 
-Shapes: `B` sequences, `L` positions, `N` rows, `V` vocabulary, `C` columns of the logits held here (V, without a group), `D` hidden
-size, `X` = D, or the model's own width of logits.
+Shapes: `B` sequences, `L` positions, `N` rows, `V` vocabulary, `C` columns of the logits held here (V, without a group), `D`
+hidden size, `X` = D, or the model's own width of logits.
 """
 
 from __future__ import annotations
@@ -166,12 +166,17 @@ class Teacher:
         head = self._model.get_output_embeddings()
         if type(head) is not nn.Linear:
             return None, None
-        weight_CD, bias_C = head.weight, head.bias
+        weight_CD: torch.Tensor | None = head.weight
+        bias_C: torch.Tensor | None = head.bias
         if self.group is not None:
             if any(start == stop for start, stop in self._edges):  # more processes than the ids in use go round
                 return None, None
             weight_CD, bias_C = (x if x is None else self.group.rows_here(x.detach()) for x in (weight_CD, bias_C))
-        if type(weight_CD) not in (nn.Parameter, torch.Tensor) or (head.bias is not None and bias_C is None):
+        if (
+            weight_CD is None
+            or type(weight_CD) not in (nn.Parameter, torch.Tensor)
+            or (bias_C is None) != (head.bias is None)
+        ):
             return None, None
         if not weight_CD.is_floating_point() or weight_CD.element_size() < 2:
             return None, None
@@ -190,8 +195,8 @@ class Teacher:
             if self.group is None or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise InputError(
-                f"teacher {self.name} can not be run by {self.group.size} processes together ({str(error).splitlines()[0]}): take "
-                "another --tensor-parallel, or --device-map auto"
+                f"teacher {self.name} can not be run by {self.group.size} processes together ({str(error).splitlines()[0]}): "
+                "take another --tensor-parallel, or --device-map auto"
             ) from error
         return logits_LV.float()
 

@@ -67,7 +67,7 @@ def _plain_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
             "give it more devices or memory, or another --device-map"
         )
     elif hasattr(value, "full_tensor"):  # a DTensor: one at a time is put together, and forgotten
-        yield from _plain_tensors(name, value.detach().full_tensor())
+        yield from _plain_tensors(name, value.detach().full_tensor())  # type: ignore[attr-defined]  # asked just now
     elif hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
         for inner in names:

@@ -11,7 +11,6 @@ import torch
 from stillroom.pipeline.config import TeacherConfig
 from stillroom.storage.errors import InputError
 
-
 _KEYS: Final = ("k_proj", "qkv_proj", "query_key_value")  # layers cut head by head
 
 
@@ -90,7 +89,9 @@ def _cut_by_plan(config: TeacherConfig, processes: int) -> Any:
     from transformers.distributed import DistributedConfig
 
     if "tp_size" not in DistributedConfig.__dataclass_fields__:
-        raise InputError("--tensor-parallel needs a newer transformers (5.23 is known to do): pip install -U transformers")
+        raise InputError(
+            "--tensor-parallel needs a newer transformers (5.23 is known to do): pip install -U transformers"
+        )
     settings = AutoConfig.from_pretrained(
         config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
@@ -103,8 +104,8 @@ def _cut_by_plan(config: TeacherConfig, processes: int) -> Any:
     plan = text.base_model_tp_plan or {}
     if not plan:
         raise InputError(
-            f"teacher {config.teacher} ({settings.model_type}) has no tensor-parallel plan in transformers: spread it over the GPUs "
-            "of one process with --device-map auto"
+            f"teacher {config.teacher} ({settings.model_type}) has no tensor-parallel plan in transformers: spread it over "
+            "the GPUs of one process with --device-map auto"
         )
     if any(style == "colwise" and key.rsplit(".", 1)[-1] in _KEYS for key, style in plan.items()):
         heads = [getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
@@ -135,8 +136,8 @@ def _with_adapter(model: Any, adapter: str, teacher: str, *, cut: bool) -> Any:
         )
     if cut and (wrapped.active_peft_config.peft_type != "LORA" or wrapped.active_peft_config.use_dora):
         raise InputError(
-            f"adapter {adapter} is no plain LoRA, the only kind known to work with --tensor-parallel: merge it into its teacher and "
-            "save that, or spread the teacher with --device-map auto"
+            f"adapter {adapter} is no plain LoRA, the only kind known to work with --tensor-parallel: merge it into its teacher "
+            "and save that, or spread the teacher with --device-map auto"
         )
     inner = wrapped.get_base_model()
     inner.peft_config = wrapped.peft_config  # its settings are part of the teacher's identity

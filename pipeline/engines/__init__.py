@@ -73,9 +73,7 @@ def build(config: CacheConfig, on_progress: Progress, stop: Stop) -> CacheResult
     return _result(depot, manifest, before, time.perf_counter() - start_s, stats)
 
 
-def _build_rank(
-    config: CacheConfig, at: Place, on_progress: Progress, stop: Stop, group: Group | None
-) -> CacheResult:
+def _build_rank(config: CacheConfig, at: Place, on_progress: Progress, stop: Stop, group: Group | None) -> CacheResult:
     if at.ranks > 1:
         use_device_of_rank()
         if at.rank:

@@ -20,10 +20,12 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Final, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # torch's own way to name them
 from torch.distributed.rendezvous import rendezvous
 
 from stillroom.pipeline.config import CacheConfig
@@ -91,7 +93,6 @@ def joined(
     group = Group()
     if group.rank:
         _follow(config, group, watch)
-    watch.start()
     try:
         yield at, group
         group.dismiss()
@@ -118,7 +119,7 @@ def seat(config: CacheConfig, at: Place, told: Mapping[str, str]) -> tuple[int, 
             f"--tensor-parallel came as {size} and {missing[0]} is not set: start the command with torchrun, as in "
             f"torchrun --nproc-per-node {size} -m stillroom cache ..."
         )
-    rank, world, local, here = (int(told[name]) for name in TORCHRUN[:4])
+    rank, world, _, here = (int(told[name]) for name in TORCHRUN[:4])
     if world % size:
         raise InputError(
             f"--tensor-parallel came as {size} and torchrun started {world} processes, wanted a multiple of {size}: change "
@@ -143,35 +144,37 @@ class _Watch:
         server: the store itself, in the leader.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, server: dist.Store | None) -> None:
+    def __init__(self, store: Store, rank: int, size: int, server: Store | None) -> None:
         self._store, self._rank, self._size, self._server = store, rank, size, server
-        self._done = False
-
-    def start(self) -> None:
-        """Begin to look."""
-        threading.Thread(target=self._lead if self._rank == 0 else self._follow, daemon=True).start()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow if rank else self._lead, daemon=True)
+        self._thread.start()
 
     def part(self) -> None:
         """The end, without an error: the leader waits for the others, who will miss it no more."""
-        self._done = True
+        self._close()
         self._store.add("heard", 1)
         if self._rank == 0:
             self._wait_heard(self._size)
 
     def ending(self, status: int) -> str | None:
         """The leader ends with an error: tell the others their status. Returns what one of them said before."""
-        self._done = True
+        self._close()
         self._tell(status)
         return self._store.get("failed").decode() if self._store.check(["failed"]) else None
 
     def fail(self, sentence: str) -> NoReturn:
-        """In a follower: have the leader say `sentence`; ends with it."""
+        """In a follower: have the leader say `sentence`, and end with it."""
         try:
             self._store.set("failed", sentence)
         except RuntimeError:  # it is gone
             os._exit(1)
-        while True:
-            time.sleep(LOOK_EVERY_S)
+        self._thread.join()
+        raise AssertionError("the thread ends with its process")
+
+    def _close(self) -> None:
+        self._done.set()
+        self._thread.join()  # a thread that is inside the store when the interpreter ends brings it down
 
     def _tell(self, status: int) -> None:
         self._store.set("over", str(status))
@@ -183,33 +186,26 @@ class _Watch:
             time.sleep(LOOK_EVERY_S / 10)
 
     def _lead(self) -> None:
-        while not self._done:
-            time.sleep(LOOK_EVERY_S)
-            if self._store.check(["failed"]):
-                until_s = time.monotonic() + GRACE_S
-                while not self._done and time.monotonic() < until_s:
-                    time.sleep(LOOK_EVERY_S)
-                if self._done:
-                    return
+        while not self._done.wait(LOOK_EVERY_S):
+            if self._store.check(["failed"]) and not self._done.wait(GRACE_S):
                 print(f"stillroom: {self._store.get('failed').decode()}", file=sys.stderr, flush=True)
                 self._tell(2)
                 os._exit(2)
 
     def _follow(self) -> None:
         status: int | None = None
-        while not self._done:
+        while not self._done.wait(LOOK_EVERY_S):
             try:
-                if status is None and self._store.check(["over"]):
+                if self._store.check(["over"]) and status is None:
                     status = int(self._store.get("over"))
                     self._store.add("heard", 1)
-                time.sleep(LOOK_EVERY_S)
-                self._store.check(["over"])
             except RuntimeError:  # the leader's process has ended, and said what there was to say
-                if not self._done:
+                if not self._done.is_set():
                     os._exit(1 if status is None else status)
 
 
 _KEPT: Final[list[_Watch]] = []
+_CALLS: Final = count()
 _LOST: Final = (
     "a process of this tensor-parallel group is gone ({}): run the same command again, what was committed is kept"
 )
@@ -218,27 +214,24 @@ _LOST: Final = (
 def _meet(rank: int, size: int, told: Mapping[str, str]) -> _Watch:
     """Make the group this process's world. The leader keeps its store, and says through torchrun's where that is."""
     everybody, world_rank, _ = next(rendezvous("env://"))
-    key = f"stillroom/{told.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world_rank // size}"
-    server: dist.Store | None = None
+    key = f"stillroom/{told.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_CALLS)}/{world_rank // size}"
+    server: Store | None = None
     if rank == 0:
         one_machine = int(told["LOCAL_RANK"]) + size <= int(told["LOCAL_WORLD_SIZE"])
         host = "localhost" if one_machine else socket.getfqdn()
-        server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        server = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         everybody.set(key, f"{host} {server.port}")
     host, port = everybody.get(key).decode().split()
-    mine, watched = (dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False) for _ in range(2))
+    mine, watched = (TCPStore(host, int(port), is_master=False, wait_for_workers=False) for _ in range(2))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("world", mine), rank=rank, world_size=size, timeout=COLLECTIVE
-    )
-    return _Watch(dist.PrefixStore("watch", watched), rank, size, server)
+    dist.init_process_group(backend, store=PrefixStore("world", mine), rank=rank, world_size=size, timeout=COLLECTIVE)
+    return _Watch(PrefixStore("watch", watched), rank, size, server)
 
 
 def _follow(config: CacheConfig, group: Group, watch: _Watch) -> NoReturn:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):  # the leader decides when it is over
             signal.signal(number, signal.SIG_IGN)
-    watch.start()
     try:
         group.follow(Teacher(config, group))
     except StillroomError as error:
