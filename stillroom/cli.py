@@ -50,6 +50,7 @@ VERBS = {
         "  stillroom cache --config run.yaml --draws 25\n"
         "  stillroom cache --config run.yaml --engine local --workers 8\n"
         "  torchrun --nproc-per-node 8 -m stillroom cache --config run.yaml\n"
+        "  torchrun --nproc-per-node 8 -m stillroom cache --config run.yaml --tensor-parallel 4\n"
         "  srun stillroom cache --config run.yaml                 the same in a SLURM array or a Kubernetes Indexed Job\n"
         "  stillroom cache --config run.yaml --engine ray         then `stillroom inspect cache/ --watch`",
         positional=None,

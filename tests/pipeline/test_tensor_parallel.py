@@ -95,7 +95,7 @@ def assert_near(cache: Cache, alone: Cache) -> None:
             x, y = (t.targets.slice_rows(row, row + 1) for t in (a, b))
             same_ids = np.array_equal(x.ids, y.ids)
             rows, moved = rows + 1, moved + (not same_ids)
-            differ += not (same_ids and np.array_equal(x.weights, y.weights))
+            differ += not (same_ids and np.allclose(x.weights, y.weights, rtol=1e-4, atol=0.0))
     assert moved <= 1 + rows // 500
     assert differ <= rows * 0.03
 
@@ -219,7 +219,7 @@ def adapter(teacher: Path, folder: Path, **changes: Any) -> str:
 
 
 def _tokens(sequences: int = 6) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    return np.random.default_rng(0).integers(0, 300, (sequences, ROWS + 1)).astype(np.uint32)
+    return np.random.default_rng(0).integers(0, 190, (sequences, ROWS + 1)).astype(np.uint32)
 
 
 def _logits(teacher: Teacher) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -247,6 +247,9 @@ def program(folder: Path) -> None:
             np.savez(folder / f"{number}.npz", **_drawn(Teacher(config, group)))
 
 
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning"
+)  # of peft, about ways in which it is used here
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_targets_and_identity_of_one_process(processes: int, teacher_folder: Path, tmp_path: Path) -> None:
@@ -258,7 +261,7 @@ def test_targets_and_identity_of_one_process(processes: int, teacher_folder: Pat
         teachers += [
             {"teacher": str(untied)},
             {"teacher": str(llama(tmp_path / "padded", 384)), "vocab_size": 300},
-            {"teacher": str(llama(tmp_path / "nothing-left", 384)), "vocab_size": 190},  # for the second of two
+            {"teacher": str(llama(tmp_path / "nothing-left", 384)), "vocab_size": 190},  # of 384, for the second
             {"teacher": str(gemma(tmp_path / "gemma"))},
             {"teacher": str(mixture(tmp_path / "mixture"))},
             {"teacher": str(teacher_folder), "adapter": adapter(teacher_folder, tmp_path / "adapter")},
@@ -332,9 +335,12 @@ def fails(run: Any, words: str) -> str:
     return str(said)
 
 
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning"
+)  # of peft, about ways in which it is used here
 @pytest.mark.slow
 def test_refused_by_one_sentence(teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     peft = pytest.importorskip("peft")
     make_tokenizer(tmp_path / "gpt2")
@@ -345,7 +351,7 @@ def test_refused_by_one_sentence(teacher_folder: Path, text_file: Path, tmp_path
     described["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (quantised / "config.json").write_text(json.dumps(described))
     model = peft.get_peft_model(
-        __import__("transformers").AutoModelForCausalLM.from_pretrained(teacher_folder),
+        AutoModelForCausalLM.from_pretrained(teacher_folder),
         peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     )
     model.save_pretrained(tmp_path / "ia3")
@@ -363,12 +369,13 @@ def test_refused_by_one_sentence(teacher_folder: Path, text_file: Path, tmp_path
 
 @pytest.fixture(scope="module")
 def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher that gives NaN from token 270 on to the end of its sequence."""
-    from transformers import LlamaForCausalLM
+    """A teacher that gives NaN from a certain word on to the end of the sequence."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
     folder = llama(tmp_path_factory.mktemp("spoilt"), tie_word_embeddings=False)
     model = LlamaForCausalLM.from_pretrained(folder)
-    nn.Module.get_submodule(model, "model.embed_tokens").weight.data[270] = torch.nan  # type: ignore[operator]
+    word = AutoTokenizer.from_pretrained(folder)(" fire")["input_ids"][0]
+    nn.Module.get_submodule(model, "model.embed_tokens").weight.data[word] = torch.nan  # type: ignore[operator]
     model.save_pretrained(folder)
     return folder
 
@@ -433,7 +440,7 @@ def test_a_death_ends_the_group_and_a_rerun_goes_on(
     run = together(2, tmp_path / "run", given)
     process = run.start()
     try:
-        _begun(run, 3, process)
+        _begun(run, 6, process)  # then three are committed at least
         leader = run.begun()[0][0]
         both = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         others = [int(one) for one in both if int(one) != leader]
