@@ -7,9 +7,10 @@ Shapes: `S` sequences of a shard, `L` rows per sequence, `R` = S * L rows.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 ROUNDING_STREAM: Final = 1  # stream 0 draws the targets; this one rounds them to codes
 ROUNDING_UNIFORMS: Final = 3
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class RunStats:
         bad_rows: rows that keep nothing because no sampler could use their logits.
         peak_host_bytes, peak_device_bytes: most memory this process held (no CUDA device: None).
         notes: what the user should know.
+        taken_up: those of the sequences that an earlier attempt had put through the teacher before it was killed or stopped.
     """
 
     shards: int = 0
@@ -56,6 +59,7 @@ class RunStats:
     peak_host_bytes: int = 0
     peak_device_bytes: int | None = None
     notes: tuple[str, ...] = ()
+    taken_up: int = 0
 
     @staticmethod
     def together(parts: Iterable[RunStats]) -> RunStats:
@@ -74,6 +78,7 @@ class RunStats:
             peak_host_bytes=max(part.peak_host_bytes for part in all_parts),
             peak_device_bytes=max(devices, default=None),
             notes=tuple(dict.fromkeys(note for part in all_parts for note in part.notes)),
+            taken_up=sum(part.taken_up for part in all_parts),
         )
 
 
@@ -128,6 +133,9 @@ def run_shards(
 ) -> RunStats:
     """Make these shards, here; those that are committed are passed over. Returns when the last is committed.
 
+    What the teacher gave for a shard is kept in a journal until the commit, and what is in one already is not asked for again: a
+    kill costs the batches that are at the teacher (one, on CUDA two), wherever the run goes on.
+
     In memory at a time: one shard being filled, one that waits for the writer's thread and one that it writes; and on the
     teacher's device two batches and one buffer of logits.
 
@@ -148,7 +156,7 @@ def run_shards(
     sampling = Sampling(
         teacher, prepared.spec, batch_size=config.batch_size, skip_bad_rows=config.skip_bad_rows, clock=clock
     )
-    made, sequences = 0, 0
+    made = sequences = taken_up = bad_rows = counted = 0
     with writer:  # encodes and flushes one shard while the teacher runs on the next
         for shard in shards:
             if shard in before:
@@ -156,11 +164,17 @@ def run_shards(
             first, stop = manifest.shard_range(shard)
             tokens_SL1, starts_SL1 = prepared.corpus.tokens_SL1[first:stop], prepared.corpus.starts_SL1
             starts_SL1 = None if starts_SL1 is None else starts_SL1[first:stop]
-            parts = []
-            for batch, targets in sampling(_batches(prepared, shard)):
-                parts.append(targets)
-                sequences += len(batch)
-                on_progress("cache", had + sequences, manifest.sequences)
+            kept = writer.journals.take_up(shard, bad_rows=config.skip_bad_rows)
+            parts, known = [item.targets for item in kept], sum(item.sequences for item in kept)
+            sequences, taken_up = sequences + known, taken_up + known
+            bad_rows += sum(item.bad_rows for item in kept)
+            with writer.journals.begin(shard, known) as journal:
+                for batch, targets in sampling(_batches(prepared, shard, known)):
+                    parts.append(targets)
+                    with clock.host("copy"):
+                        journal.append(len(batch), targets, sampling.bad_rows - counted)
+                    sequences, counted = sequences + len(batch), sampling.bad_rows
+                    on_progress("cache", had + sequences, manifest.sequences)
             rounding_R3 = _rounding(prepared.spec.seed, np.arange(first, stop), config.seq_len)
             with clock.host("wait"):
                 writer.submit(shard, tokens_SL1, SparseTargets.concat(parts), rounding_R3, starts_SL1)
@@ -175,20 +189,24 @@ def run_shards(
         sequences=sequences,
         seconds=time.perf_counter() - start_s,
         stages=clock.seconds(),
-        bad_rows=sampling.bad_rows,
+        bad_rows=bad_rows + sampling.bad_rows,
         peak_host_bytes=host,
         peak_device_bytes=device,
         notes=prepared.corpus.notes + tuple(sampling.notes),
+        taken_up=taken_up,
     )
 
 
-def _batches(prepared: Prepared, shard: int) -> list[Batch]:
-    """The sequences of a shard, in batches of the run's size."""
+def _batches(prepared: Prepared, shard: int, known: int) -> Iterator[Batch]:
+    """The sequences of a shard behind the first `known`, in batches of the run's size."""
     first, stop = prepared.manifest.shard_range(shard)
-    corpus = prepared.corpus
+    first, corpus = first + known, prepared.corpus
     keep_SL = None if corpus.mask_SL is None else corpus.mask_SL[first:stop]
     positions_SL = None if corpus.starts_SL1 is None else positions_of(corpus.starts_SL1[first:stop])
-    return Batch(first, corpus.tokens_SL1[first:stop], positions_SL, keep_SL).split(prepared.config.batch_size)
+    whole = Batch(first, corpus.tokens_SL1[first:stop], positions_SL, keep_SL)
+    for batch in whole.split(prepared.config.batch_size):
+        logger.debug("shard %d: sequences from %d, %d of them, go to the teacher", shard, batch.first, len(batch))
+        yield batch
 
 
 def _rounding(seed: int, sequences_S: npt.NDArray[np.int64], rows: int) -> npt.NDArray[np.float64]:

@@ -191,6 +191,8 @@ def _stage_figures(stats: RunStats) -> list[tuple[str, str]]:
     found = [("most memory, host", f"{stats.peak_host_bytes / 2**20:,.0f} MiB")] if stats.shards else []
     if stats.peak_device_bytes is not None:
         found.append(("most memory, device", f"{stats.peak_device_bytes / 2**20:,.0f} MiB"))
+    if stats.taken_up:
+        found.append(("sequences taken up from an interrupted run", f"{stats.taken_up:,}"))
     if stats.bad_rows:
         found.append(("bad rows left out", f"{stats.bad_rows:,}"))
     return found + [("note", note) for note in stats.notes]

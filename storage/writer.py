@@ -34,6 +34,7 @@ from stillroom.storage.commits import (
 from stillroom.storage.depot import Depot, depot_at
 from stillroom.storage.encode import EncodedRows, encode_rows
 from stillroom.storage.errors import PlanMismatchError
+from stillroom.storage.journal import journals_at
 from stillroom.storage.manifest import DOCUMENTS, MANIFEST_NAME, Manifest
 from stillroom.storage.orphans import collect_orphans
 from stillroom.storage.shard import shard_objects, widths_of
@@ -67,6 +68,7 @@ class CacheWriter:
     Attributes:
         root: what `open_cache` takes.
         manifest: of the cache, as it was found or put.
+        journals: of its shards in hand; those of a shard go when it is committed.
         encode_s, commit_s: seconds it spent so far on making bytes, and on writing, flushing and committing them.
 
     Raises:
@@ -97,6 +99,9 @@ class CacheWriter:
                 "choose another directory, or the same settings to resume"
             )
         collect_orphans(self.depot, self.manifest)
+        self.journals: Final = journals_at(self.depot, self.manifest)
+        if begun := self.journals.indices():
+            self.journals.clear(begun & self.committed())  # whose writer was killed between the commit and this
 
     def _settled(self, manifest: Manifest) -> Manifest:
         """The manifest that is there; `manifest`, unless another writer was first."""
@@ -176,6 +181,18 @@ class CacheWriter:
         return self._write(index, tokens_SL1, targets, rounding_R3, starts_SL1)
 
     def _write(
+        self,
+        index: int,
+        tokens_SL1: npt.NDArray[np.uint32],
+        targets: SparseTargets,
+        rounding_R3: npt.NDArray[np.float64],
+        starts_SL1: npt.NDArray[np.bool_] | None = None,
+    ) -> CommitRecord:
+        record = self._encoded_and_written(index, tokens_SL1, targets, rounding_R3, starts_SL1)
+        self.journals.clear([index])
+        return record
+
+    def _encoded_and_written(
         self,
         index: int,
         tokens_SL1: npt.NDArray[np.uint32],

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 
@@ -15,9 +14,8 @@ from stillroom.pipeline.run import RunStats, run_shards
 from stillroom.storage.commits import COMMITS, shards_named
 from stillroom.storage.depot import Depot
 from stillroom.storage.index import write_index
+from stillroom.storage.journal import journals_at
 from stillroom.storage.manifest import Manifest
-
-logger = logging.getLogger(__name__)
 
 
 def run_place(prepared: Prepared, at: Place, stop: Stop, on_progress: Progress) -> tuple[RunStats, bool]:
@@ -37,22 +35,18 @@ def run_place(prepared: Prepared, at: Place, stop: Stop, on_progress: Progress) 
         InputError, OSError, CacheError: as `run_shards`.
     """
     deal = Deal(prepared.manifest.shards, at, prepared.writer().committed)
-    stats = run_shards(prepared, announced(stop.while_wanted(deal)), on_progress)
+    stats = run_shards(prepared, stop.while_wanted(deal), on_progress)
     stop.check()
     return stats, deal.last
 
 
-def announced(shards: Iterable[int]) -> Iterator[int]:
-    """`shards`, each with a line in the log when it begins."""
-    for shard in shards:
-        logger.debug("shard %d begins", shard)
-        yield shard
-
-
 def settle_index(depot: Depot, manifest: Manifest) -> None:
-    """Write index.arrow if every shard is committed: one file to open instead of a record per shard. Any process may."""
+    """If every shard is committed: write index.arrow (one file to open instead of a record per shard), and delete what journals
+    killed workers left. Any process may."""
     if len(shards_named(depot.names(COMMITS))) >= manifest.shards:
         write_index(depot)
+        journals = journals_at(depot, manifest)
+        journals.clear(journals.indices())
 
 
 def sequences_of(manifest: Manifest, shards: Iterable[int]) -> int:

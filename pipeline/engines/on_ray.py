@@ -12,7 +12,6 @@ import os
 from typing import Any, Final
 
 from stillroom.pipeline.config import CacheConfig
-from stillroom.pipeline.engines.here import announced
 from stillroom.pipeline.prepare import Prepared, Progress, prepare
 from stillroom.pipeline.run import RunStats, run_shards
 from stillroom.storage.commits import COMMITS, shards_named
@@ -106,7 +105,7 @@ def _make(prepared: Prepared, shard: int) -> RunStats:
     if run not in _kept:
         _kept.clear()
         _kept[run] = prepared
-    return run_shards(_kept[run], announced([shard]))
+    return run_shards(_kept[run], [shard])
 
 
 def _ray() -> Any:

@@ -1,7 +1,7 @@
-"""Stage one started the ways users start it, in processes of their own that say when they begin a shard.
+"""Stage one started the ways users start it, in processes of their own that say what they put through the teacher.
 
-A `sitecustomize` on the path of every Python that a run starts, Ray's included, sends the engines' log to one file: a line
-`PID SHARD` for each shard begun.
+A `sitecustomize` on the path of every Python that a run starts, Ray's included, sends the log of `pipeline.run` to one file: a
+line `PID SHARD FIRST SEQUENCES` for each batch that goes to the teacher.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 LOGGING = """
 import logging, os
 class _Append(logging.Handler):
     def emit(self, record):
         with open(os.environ["BEGUN_LOG"], "a") as file:
-            file.write(f"{os.getpid()} {record.args[0]}\\n")
-_logger = logging.getLogger("stillroom.pipeline.engines.here")
+            file.write(" ".join(map(str, (os.getpid(), *record.args))) + "\\n")
+_logger = logging.getLogger("stillroom.pipeline.run")
 _logger.setLevel(logging.DEBUG)
 _logger.propagate = False
 _logger.addHandler(_Append())
@@ -37,6 +37,15 @@ STARTS = {
         [],
     ),
 }  # fmt: skip
+
+
+class Batch(NamedTuple):
+    """So many sequences of a shard that went to the teacher, and in which process."""
+
+    pid: int
+    shard: int
+    first: int
+    sequences: int
 
 
 class Run:
@@ -70,13 +79,16 @@ class Run:
             status = process.wait(timeout_s)
         finally:
             end(process)
-        said = (self.log.parent / "out.txt").read_text()
-        assert status == 0, said[-3000:]
-        return said
+        assert status == 0, self.said()[-3000:]
+        return self.said()
 
-    def begun(self) -> list[tuple[int, int]]:
-        """(process, shard) in the order they were begun."""
-        return [(int(line.split()[0]), int(line.split()[1])) for line in self.log.read_text().splitlines()]
+    def said(self) -> str:
+        """What it printed, all starts together."""
+        return (self.log.parent / "out.txt").read_text()
+
+    def begun(self) -> list[Batch]:
+        """The batches that went to the teacher, in the order they did."""
+        return [Batch(*map(int, line.split())) for line in self.log.read_text().splitlines() if line.count(" ") == 3]
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -106,29 +118,51 @@ def digests(cache: Path) -> dict[str, str]:
 
 
 def kill_at_random(
-    run: Run, cache: Path, shards: int, *, kills: int, every_s: tuple[float, float], seed: int
-) -> dict[str, int]:
-    """SIGKILL a random worker that has begun a shard, again and again; start the command again where it gives up."""
-    rng, dead, starts = random.Random(seed), set[int](), 1
-    process, until_s = run.start(), time.monotonic() + 900
+    run: Run, cache: Path, shards: int, *, kills: int, every_s: tuple[float, float], together: bool, seed: int
+) -> dict[str, float]:
+    """SIGKILL a random worker that is at work, every few seconds of work; start the command again where it gives up.
+
+    Args:
+        run: the command.
+        cache: that it makes.
+        shards: of the cache.
+        kills: at most.
+        every_s: from, to: seconds between a kill, or the first batch of whoever comes after it, and the next.
+        together: the engine ends all workers when one dies: only those that come after count as workers at work.
+        seed: of the choice.
+
+    Returns:
+        `kills` delivered, `starts` of the command, `seconds`, and `sequences` that went to the teacher.
+    """
+    rng, gone, starts, delivered, start_s = random.Random(seed), set[int](), 1, 0, time.monotonic()
+    process, due_s = run.start(), None
     try:
         while True:
-            assert time.monotonic() < until_s, (run.log.parent / "out.txt").read_text()[-3000:]
-            deadline = time.monotonic() + rng.uniform(*every_s)
-            while time.monotonic() < deadline and process.poll() is None:
-                time.sleep(0.02)
+            assert time.monotonic() < start_s + 900, run.said()[-3000:]
+            time.sleep(0.02)
             if process.poll() is not None:
                 if records(cache) == shards and process.returncode == 0:
                     break
-                assert starts <= kills + 3, (run.log.parent / "out.txt").read_text()[-3000:]
-                process, starts = run.start(), starts + 1
+                assert starts <= kills + 3, run.said()[-3000:]
+                process, starts, due_s = run.start(), starts + 1, None
                 continue
-            alive = sorted({pid for pid, _ in run.begun() if pid not in dead and Path(f"/proc/{pid}").exists()})
-            if len(dead) < kills and alive and records(cache) < shards:
+            at_work = sorted({batch.pid for batch in run.begun()} - gone)
+            if due_s is None and at_work:
+                due_s = time.monotonic() + rng.uniform(*every_s)
+            if due_s is None or time.monotonic() < due_s or delivered == kills or records(cache) == shards:
+                continue
+            alive = [pid for pid in at_work if Path(f"/proc/{pid}").exists()]
+            due_s = None
+            if alive:
                 victim = rng.choice(alive)
                 os.kill(victim, signal.SIGKILL)
-                dead.add(victim)
+                delivered += 1
+                gone |= set(at_work) if together else {victim}
     finally:
         end(process)
-    begun = run.begun()
-    return {"kills": len(dead), "starts": starts, "begun": len(begun), "wasted": len(begun) - shards}
+    return {
+        "kills": delivered,
+        "starts": starts,
+        "seconds": round(time.monotonic() - start_s, 1),
+        "sequences": sum(batch.sequences for batch in run.begun()),
+    }
