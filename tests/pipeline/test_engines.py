@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -123,6 +125,44 @@ def test_sigterm_finishes_the_shard_in_hand(teacher_folder: Path, text_file: Pat
     assert len(list((tmp_path / "c" / "shards").iterdir())) == len(begun)
 
 
+def test_killed_in_the_middle_of_a_shard(
+    teacher_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the teacher gave before the kill is not asked for again, but for what was torn; files of others mislead nobody."""
+    caplog.set_level(logging.DEBUG, "stillroom.pipeline.run")
+    text = tmp_path / "corpus.jsonl"
+    text.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_text(250, seed=2)))
+    common = dict(sequences_per_shard=250, max_sequences=250, batch_size=1)
+    run = runs.Run("one", 1, tmp_path / "run", settings(teacher_folder, text, tmp_path / "c", **common))
+    process = run.start()
+    deadline = time.monotonic() + 120
+    while len(run.begun()) < 40:
+        assert process.poll() is None, run.said()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    runs.end(process)
+    assert runs.records(tmp_path / "c") == 0
+    shutil.copytree(tmp_path / "c", tmp_path / "torn")
+    (journal,) = (tmp_path / "torn" / "partial").iterdir()
+    data = journal.read_bytes()
+    journal.write_bytes(data[:-3])
+    journal.with_name("000000-00000000000000ff.journal").write_bytes(data[:20] + b"another run" + data[31:])
+    journal.with_name("000000-0123456789abcdef.journal").write_bytes(b"\xff" * 100_000)
+    journal.with_name("notes").write_text("not ours")
+
+    build_cache(CacheConfig(**settings(teacher_folder, text, tmp_path / "whole", **common)))
+    before = len(run.begun())
+    assert 40 <= before < 250
+    for name, twice in (("c", (0, 1)), ("torn", (1, 2))):  # the batch at the teacher, and the torn one
+        caplog.clear()
+        result = build_cache(CacheConfig(**settings(teacher_folder, text, tmp_path / name, **common)))
+        assert before + len(caplog.records) - 250 in twice
+        assert (result.stats.sequences, result.stats.taken_up) == (250, 250 - len(caplog.records))
+        check(tmp_path / name, runs.digests(tmp_path / "whole"))
+    assert not (tmp_path / "c" / "partial").exists()
+    assert [path.name for path in (tmp_path / "torn" / "partial").iterdir()] == ["notes"]
+
+
 def test_watch_ends_with_the_run(
     teacher_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,11 +230,11 @@ def test_more_workers_than_shards(
 
 @pytest.fixture(scope="module")
 def heavy(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings of 200 shards of four batches, each of them a tenth of a second of work; and the digests of their cache."""
+    """Settings of 200 shards of four batches of some hundredths of a second each, and the digests of their cache."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("heavy")
     make_tokenizer(folder / "teacher")
-    wide = llama_config(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6)
+    wide = llama_config(hidden_size=320, intermediate_size=896, num_hidden_layers=4, num_attention_heads=4)
     LlamaForCausalLM(wide).save_pretrained(folder / "teacher")
     text = folder / "corpus.jsonl"
     text.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_text(3200, seed=1)))

@@ -69,6 +69,32 @@ def test_same_bytes_interrupted_at_any_shard(
         assert _digests(tmp_path / str(made)) == _digests(whole)
 
 
+def test_same_bytes_and_no_work_twice_interrupted_at_any_batch(
+    whole: Path, teacher_folder: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Four shards of four batches (the last of two): the run is left after each, and goes on behind it."""
+    caplog.set_level(logging.DEBUG, "stillroom.pipeline.run")
+    for made in range(1, 14):
+        prepared = prepare(_config(teacher_folder, text_file, tmp_path / str(made), batch_size=2))
+        told: list[int] = []
+
+        def leave(stage: str, done: int, total: int, told: list[int] = told, made: int = made) -> None:
+            told.append(done)
+            if len(told) == made:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_shards(prepared, range(4), leave)
+        stats = run_shards(prepared, range(4))
+        there = 25 - stats.sequences  # in shards that were committed
+        assert there + stats.taken_up == told[-1]
+        assert _digests(tmp_path / str(made)) == _digests(whole)
+        assert not (tmp_path / str(made) / "partial").exists()
+    asked = [record.args[2] for record in caplog.records if record.name == "stillroom.pipeline.run"]
+    assert len(asked) == 13 * 14
+    assert sum(asked) == 13 * 25
+
+
 def _short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """Make the teacher raise what CUDA raises for batches above `most`; the sizes it was asked for."""
     from transformers import LlamaModel
@@ -157,6 +183,29 @@ def test_bad_rows_keep_nothing_and_are_counted(
         left_out += int((~kept_L).sum())
     assert 0 < left_out == result.stats.bad_rows < len(cache) * ROWS
     assert main(["verify", str(tmp_path / "c"), "--hashes"]) == 0
+
+
+def test_bad_rows_are_counted_once_and_only_wanted_ones_taken_up(
+    whole: Path, teacher_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = int(stillroom.open_cache(whole)[9].tokens[5])
+    _spoilt(monkeypatch, bad)
+    skipping = _config(
+        teacher_folder, text_file, tmp_path / "c", skip_bad_rows=True, batch_size=1, sequences_per_shard=25
+    )
+
+    def leave(stage: str, done: int, total: int) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_shards(prepare(skipping), [0], leave)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        build_cache(skipping.model_copy(update={"skip_bad_rows": False}))
+    stats = run_shards(prepare(skipping), [0])
+    assert stats.taken_up == 20
+    tokens = stillroom.open_cache(whole).read(range(25)).tokens
+    assert stats.bad_rows == int((tokens[:, :-1] == bad).sum())
 
 
 def test_masked_rows_keep_nothing_and_change_no_other(teacher_folder: Path) -> None:
