@@ -26,7 +26,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 test: $(READY)      ## the default test suite
 	$(PYTEST) -n 2 --dist loadfile
 
-test-slow: $(READY) ## the long tests
+test-slow: $(READY) ## the long tests, Ray's too where it has a wheel
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ray
 	$(PYTEST) -n 2 --dist loadfile -m "slow and not gpu" --timeout 1800
 
 fuzz: $(READY)      ## ten minutes of hostile caches (SECONDS=600); guided by coverage where atheris has a wheel

@@ -122,7 +122,7 @@ class CacheConfig(CorpusConfig, TeacherConfig, EngineConfig):
     keep_logp: KeepLogp = Field("all", description="which entries keep the teacher's exact log-probability")
     seed: int = Field(0, description="key of the sampler's generator")
     batch_size: int = Field(8, ge=1, description="sequences per teacher forward (changes speed, not the cache)")
-    sequences_per_shard: int = Field(1024, ge=1, description="sequences per shard: the unit of restart and of commit")
+    sequences_per_shard: int = Field(1024, ge=1, description="sequences per shard: the unit of work and of commit")
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

@@ -16,8 +16,8 @@ from typing import Final
 import torch
 
 STAGES: Final = ("forward", "head", "sample", "copy", "encode", "commit", "wait")
-"""forward: the teacher's body. head: logits. sample: targets. copy: to the host and into the journal. encode, commit: the writer's
-thread. wait: this process had nothing to do but wait for the writer."""
+"""forward: the teacher's body. head: logits. sample: targets. copy: to the host, and into the journal. encode, commit: the
+writer's thread. wait: this process had nothing to do but wait for the writer."""
 
 
 class StageClock:

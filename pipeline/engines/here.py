@@ -31,7 +31,7 @@ def run_place(prepared: Prepared, at: Place, stop: Stop, on_progress: Progress) 
         What was done, and whether the cache's last shard was this worker's: then index.arrow is for it to write.
 
     Raises:
-        Terminated: SIGTERM came; the shard in hand was finished, or dropped if it took long.
+        Terminated: SIGTERM came; the shard in hand was finished, or left to its journal if it took long.
         InputError, OSError, CacheError: as `run_shards`.
     """
     deal = Deal(prepared.manifest.shards, at, prepared.writer().committed)

@@ -1,7 +1,8 @@
-"""SIGTERM: finish the shard in hand if that is quick, else drop it; leave with status 143. What is committed stays.
+"""SIGTERM: finish the shard in hand if that is quick, else leave it to its journal; leave with status 143.
 
 Schedulers send SIGTERM and, 30 seconds later (torchrun, SLURM and Kubernetes by default), SIGKILL. So the shard in hand gets
-20 seconds; a second SIGTERM drops it at once. Before the first shard there is nothing to finish.
+20 seconds; a second SIGTERM leaves it at once. What came from the teacher is kept either way. Before the first shard there is
+nothing to finish.
 """
 
 from __future__ import annotations
