@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ def test_same_bytes_and_no_work_twice_interrupted_at_any_batch(
 ) -> None:
     """Four shards of four batches (the last of two): the run is left after each, and goes on behind it."""
     caplog.set_level(logging.DEBUG, "stillroom.pipeline.run")
+    loaded = prepare(_config(teacher_folder, text_file, tmp_path / "loaded", batch_size=2))
     for made in range(1, 14):
-        prepared = prepare(_config(teacher_folder, text_file, tmp_path / str(made), batch_size=2))
+        prepared = replace(loaded, config=loaded.config.model_copy(update={"out": tmp_path / str(made)}))
         told: list[int] = []
 
         def leave(stage: str, done: int, total: int, told: list[int] = told, made: int = made) -> None:
