@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,6 +53,15 @@ def settings(teacher: Path, text: Path, out: Path, **changes: Any) -> dict[str, 
         dtype="float32",
     )
     return {**common, **changes}
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Two of them wait for each other most of the time where others work too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +136,7 @@ def test_sigterm_finishes_the_shard_in_hand(teacher_folder: Path, text_file: Pat
 
 
 def test_killed_in_the_middle_of_a_shard(
-    teacher_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    one_thread: None, teacher_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What the teacher gave before the kill is not asked for again, but for what was torn; files of others mislead nobody."""
     caplog.set_level(logging.DEBUG, "stillroom.pipeline.run")
@@ -229,7 +239,7 @@ def test_more_workers_than_shards(
 
 
 @pytest.fixture(scope="module")
-def heavy(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, str]]:
+def heavy(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings of 200 shards of four batches of some hundredths of a second each, and the digests of their cache."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("heavy")
@@ -240,10 +250,7 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
     text.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_text(3200, seed=1)))
     common = dict(seq_len=64, sequences_per_shard=8, batch_size=2, max_sequences=1600)
     whole = settings(folder / "teacher", text, folder / "whole", **common)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two of them wait for each other most of the time where others work too
     assert build_cache(CacheConfig(**whole)).shards == 200
-    torch.set_num_threads(threads)
     return whole, dict(runs.digests(folder / "whole"))
 
 
