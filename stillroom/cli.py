@@ -30,7 +30,7 @@ class Verb:
     body: str
     summary: str
     examples: str
-    positional: str | None = None
+    positional: str | tuple[str, ...] | None = None
 
 
 VERBS = {
@@ -108,6 +108,27 @@ VERBS = {
         "Measure a student on held-out text: loss, KL to the teacher, agreement, calibration, acceptance.",
         "  stillroom evaluate --student student/ --teacher teacher/ --data heldout.jsonl --seq-len 256\n"
         "  stillroom evaluate --student student/ --cache heldout-cache/",
+    ),
+    "compare": Verb(
+        "stillroom.compare_config:CompareConfig",
+        "stillroom.compare:compare",
+        "Train and measure students that differ in one thing each, and write one table: arms and seeds from a file, resumable.",
+        "  stillroom cp compare compare.yaml     the built-in one, to change\n"
+        "  stillroom compare --config compare.yaml\n"
+        "  stillroom compare --config compare.yaml --tokens 100000 --seeds 0 --train.lr 0.01 --out runs/quick",
+    ),
+    "ls": Verb(
+        "stillroom.recipes:ListConfig",
+        "stillroom.recipes:ls",
+        "List the built-in recipes: settings files to copy and own.",
+        "  stillroom ls",
+    ),
+    "cp": Verb(
+        "stillroom.recipes:CopyConfig",
+        "stillroom.recipes:cp",
+        "Copy a built-in recipe to a file of yours.",
+        "  stillroom cp compare compare.yaml",
+        positional=("name", "file"),
     ),
     "demo": Verb(
         "stillroom.commands:DemoConfig",

@@ -73,6 +73,13 @@ class Reporter:
         count = f"{done}/{total}" if total else str(done)
         say(f"{stage}: {count} ({rate:.1f}/s{left}) {note}".rstrip())
 
+    def close(self, stage: str) -> None:
+        """Forget a stage that is over: its bar goes, and one of the same name begins anew."""
+        if stage in self._tasks and self._bars:
+            self._bars.remove_task(self._tasks.pop(stage))
+        self._started.pop(stage, None)
+        self._last.pop(stage, None)
+
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table on standard output: first column left, the rest right."""

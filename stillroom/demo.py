@@ -5,9 +5,7 @@ Python's own sources -> tokenizer -> a small teacher -> cache -> one audit line 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from stillroom.console import say, show_table
-from stillroom.storage.errors import InputError
+from stillroom.scratch import standard_library_text, train_tokenizer, write_model_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
 VOCAB_SIZE: Final = 4096
 SEQ_LEN: Final = 256
-HELD_OUT_SHARE: Final = 20  # one file in twenty
 HELD_OUT_SEQUENCES: Final = 128
 SAMPLER: Final = "threshold"
 DRAWS: Final = 50
@@ -170,71 +167,21 @@ def _students(
     return arms
 
 
-def standard_library_text(folder: Path) -> tuple[Path, Path]:
-    """Write the standard library's sources as two .jsonl files, train and held-out, split by file name.
-
-    Returns:
-        The paths of the training file and of the held-out file.
-
-    Raises:
-        InputError: this Python comes without its sources.
-    """
-    train, held_out = folder / "train.jsonl", folder / "heldout.jsonl"
-    if train.is_file() and held_out.is_file():
-        return train, held_out
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    lines: dict[Path, list[str]] = {train: [], held_out: []}
-    for file in sorted(root.rglob("*.py")):
-        name = file.relative_to(root)
-        if skipped & set(name.parts):
-            continue
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue  # a few codec sources are in other encodings on purpose
-        digest = hashlib.sha256(name.as_posix().encode()).digest()
-        target = held_out if digest[0] % HELD_OUT_SHARE == 0 else train
-        lines[target].append(json.dumps({"path": name.as_posix(), "text": text}))
-    if not lines[train] or not lines[held_out]:
-        raise InputError(
-            f"{root} holds no Python sources: run the demo with a Python that ships its library as .py files"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, content in lines.items():
-        path.write_text("\n".join(content) + "\n", encoding="utf-8")
-    return train, held_out
-
-
 def teacher_config(out: Path, text: Path) -> Path:
     """Folder with the teacher's configuration and a tokenizer trained on the training file."""
     folder = model_config(out / "teacher-config", layers=4, hidden=256)
-    if (folder / "tokenizer.json").is_file():
-        return folder
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    with text.open(encoding="utf-8") as lines:
-        tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    if not (folder / "tokenizer.json").is_file():
+        with text.open(encoding="utf-8") as lines:
+            train_tokenizer((json.loads(line)["text"] for line in lines), VOCAB_SIZE, folder)
     return folder
 
 
 def model_config(folder: Path, *, layers: int, hidden: int) -> Path:
     """Folder with the configuration (no weights) of a small Llama-style model."""
-    from transformers import LlamaConfig
-
     heads = max(2, hidden // 64)
-    LlamaConfig(
+    settings = dict(
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
         vocab_size=VOCAB_SIZE,
         hidden_size=hidden,
         intermediate_size=hidden * 8 // 3 // 32 * 32,
@@ -245,9 +192,8 @@ def model_config(folder: Path, *, layers: int, hidden: int) -> Path:
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
-    return folder
+    )
+    return write_model_config(folder, settings, role="demo")
 
 
 def _audit(cache: Any, teacher: Path) -> str:

@@ -31,7 +31,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(
-    model: type[Model], argv: Sequence[str], *, prog: str, summary: str, examples: str, positional: str | None = None
+    model: type[Model],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    summary: str,
+    examples: str,
+    positional: str | tuple[str, ...] | None = None,
 ) -> tuple[Model, bool]:
     """Settings of one command from its arguments.
 
@@ -41,7 +47,7 @@ def parse(
         prog: what the user typed before them.
         summary: one sentence on the command.
         examples: shown below the options.
-        positional: the field that may also stand alone, without its flag.
+        positional: the field, or fields in the model's order, that may also stand alone, without their flags.
 
     Returns:
         The settings, and whether `--json` was asked for.
@@ -49,15 +55,23 @@ def parse(
     Raises:
         InputError: an unknown flag or key, a value that does not fit, a missing one.
     """
-    parser = _parser(model, prog, summary, examples, positional)
+    alone = (positional,) if isinstance(positional, str) else positional or ()
+    parser = _parser(model, prog, summary, examples, alone)
     given, stray = parser.parse_known_args(_with_values(model, argv))
+    parts, stray = _dotted(model, stray)
     if stray:
         raise InputError(unknown(stray[0], [_flag(name) for name in model.model_fields], f"option of {prog}"))
     flags = {name: value for name, value in vars(given).items() if value is not None}
     as_json, file = bool(flags.pop("json", False)), flags.pop("config", None)
-    if positional and f"{positional}_" in flags:
-        flags[positional] = flags.pop(f"{positional}_")
+    for name in alone:
+        if f"{name}_" in flags:
+            flags[name] = flags.pop(f"{name}_")
     values = {**(read_yaml(Path(file), model) if file else {}), **flags}
+    for name, part in parts.items():
+        whole = values.get(name, {})
+        if not isinstance(whole, dict):
+            raise InputError(f"{_flag(name)} is {whole}, which has no {next(iter(part))}: give it whole")
+        values[name] = {**whole, **part}
     return validate(model, values), as_json
 
 
@@ -78,29 +92,39 @@ def read_yaml(file: Path, model: type[BaseModel]) -> dict[str, Any]:
     return values
 
 
-def validate(model: type[Model], values: dict[str, Any]) -> Model:
+def validate(model: type[Model], values: dict[str, Any], *, inside: str = "") -> Model:
     """`model(**values)`, its first complaint as one sentence.
 
+    Args:
+        model: pydantic model.
+        values: by field.
+        inside: the setting of a file that these values are, where they are not a command's own: its fields have no flags.
+
     Raises:
-        InputError: a value that does not fit, or a missing one.
+        InputError: an unknown key, a value that does not fit, or a missing one.
     """
     try:
-        return model(**values)
+        return model(**{str(key): value for key, value in values.items()})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else ""
+        shown = f"{inside}.{name}" if inside else _flag(name)
         if first["type"] == "missing":
             description = model.model_fields[name].description
-            raise InputError(
-                f"{_flag(name)} is missing ({description}): give it on the command line or in --config"
-            ) from error
+            where = "in the file" if inside else "on the command line or in --config"
+            raise InputError(f"{shown} is missing ({description}): give it {where}") from error
+        if first["type"] == "extra_forbidden":
+            raise InputError(unknown(name, list(model.model_fields), f"key of {inside or 'the settings'}")) from error
+        complaint = first.get("ctx", {}).get("error")
+        if isinstance(complaint, InputError):  # of a setting within a setting: it says where
+            raise complaint from error
         said = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if not name:
             raise InputError(said) from error
-        raise InputError(f"{_flag(name)} came as {first['input']!r}, but it {said}") from error
+        raise InputError(f"{shown} came as {first['input']!r}, but it {said}") from error
 
 
-def _parser(model: type[BaseModel], prog: str, summary: str, examples: str, positional: str | None) -> _Parser:
+def _parser(model: type[BaseModel], prog: str, summary: str, examples: str, alone: tuple[str, ...]) -> _Parser:
     parser = _Parser(
         prog=prog,
         description=summary,
@@ -109,7 +133,7 @@ def _parser(model: type[BaseModel], prog: str, summary: str, examples: str, posi
         allow_abbrev=False,
     )
     for name, field in model.model_fields.items():
-        if name == positional:
+        if name in alone:
             parser.add_argument(f"{name}_", metavar=name.upper(), nargs="?", help=field.description)
         spellings = [_flag(name)] + ([f"--{name}"] if "_" in name else [])
         default = "" if field.is_required() or field.default in (None, "") else f" [{field.default}]"
@@ -119,6 +143,25 @@ def _parser(model: type[BaseModel], prog: str, summary: str, examples: str, posi
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
     parser.add_argument("--json", action="store_true", default=None, help="print the result as JSON on standard output")
     return parser
+
+
+def _dotted(model: type[BaseModel], stray: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """`--train.lr 3e-4` sets one key of a setting that is a mapping. Returns them by setting, and the words that are left."""
+    found: dict[str, dict[str, Any]] = {}
+    left: list[str] = []
+    words = iter(stray)
+    for word in words:
+        flag, given, value = word.partition("=")
+        name, _, key = flag.removeprefix("--").replace("-", "_").partition(".")
+        field = model.model_fields.get(name) if flag.startswith("--") and key else None
+        if field is None or dict not in [get_origin(a) for a in (field.annotation, *get_args(field.annotation))]:
+            left.append(word)
+            continue
+        text = value if given else next(words, None)
+        if text is None:
+            raise InputError(f"{flag} came without a value: give it one")
+        found.setdefault(name, {})[key] = yaml.safe_load(text)
+    return found, left
 
 
 def _with_values(model: type[BaseModel], argv: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from stillroom.pipeline.report.charts import BOTTOM, EDGE, HEIGHT, TOP, frame, frame_x
-from stillroom.pipeline.report.scales import Axis, Scale
+from stillroom.pipeline.report.scales import MINUS, Axis, Scale
 from stillroom.pipeline.report.svg import ROW, SERIES, WIDTH, Drawing, width_of
 
 BAR: Final = 18
@@ -48,7 +48,7 @@ def bars(
     for index, (name, value) in enumerate(values.items()):
         middle = HEAD + PITCH * (index + 0.5)
         low, high = intervals.get(name, (value, value))
-        words = format(value, form).replace("-", "−")
+        words = format(value, form).replace("-", MINUS)
         _bar(drawing, zero, scale(value), middle, f"{name}: {words}", "s0 pale")
         if name in intervals:
             drawing.line(scale(low), middle, scale(high), middle, "whisker")
@@ -75,7 +75,8 @@ def stacked(title: str, described: str, x: Axis, rows: Mapping[str, Mapping[str,
         raise ValueError(f"{title}: a part is negative, and parts of a bar can not be")
     rows = _fewer(rows)
     parts = sorted(dict.fromkeys(part for row in rows.values() for part in row), key=lambda part: part == REST)
-    legend, across = [], 0.0
+    legend: list[tuple[float, int]] = []
+    across = 0.0
     for part in parts:  # a line of entries, as many as fit
         wide = width_of(part) + 34
         across = 0.0 if across + wide > WIDTH - 2 * EDGE else across

@@ -67,7 +67,7 @@ def chart(
     Raises:
         ValueError: nothing to show, a value that is not finite, or one at or below 0 on a logarithmic axis.
     """
-    names = [one.name for one in (*series, *levels) if one.name]
+    names = [name for name in (*(one.name for one in series), *(level.name for level in levels)) if name]
     height = max(HEIGHT, TOP + ROW * len(names) + BOTTOM)
     drawing = Drawing(title, described, height)
     legend = max(map(width_of, names)) + 34 if len(names) > 1 else 0.0
@@ -121,9 +121,9 @@ def reliability(title: str, described: str, models: Sequence[tuple[str, Sequence
                 [high for _, high in ends], kind="both", colour=index,
             )
         )  # fmt: skip
-    ends_01 = dict(low=0.0, high=1.0)
-    x, y = Axis("probability of the first choice", **ends_01), Axis("share of rows where it is right", **ends_01)
-    return chart(title, described, x, y, series)
+    sure = Axis("probability of the first choice", low=0.0, high=1.0)
+    right = Axis("share of rows where it is right", low=0.0, high=1.0)
+    return chart(title, described, sure, right, series)
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 STEPS: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
+MINUS: Final = "\u2212"  # as wide as a plus, which a hyphen is not
 PADDING: Final = 0.05  # of the range, left free at either end
 SUPERSCRIPT: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -94,7 +95,7 @@ def linear_ticks(low: float, high: float, wanted: int) -> list[tuple[float, str]
         if largest >= 10 * size and step >= size / 100:
             digits = max(0, 2 - math.floor(math.log10(step / size * 100) + 1e-9))
             return [(value, f"{value / size:.{digits}f}{unit}" if value else "0") for value in values]
-    return [(value, f"{value:,.{decimals}f}".replace("-", "−")) for value in values]
+    return [(value, f"{value:,.{decimals}f}".replace("-", MINUS)) for value in values]
 
 
 def log_ticks(low: float, high: float, wanted: int) -> list[tuple[float, str]]:
@@ -117,4 +118,4 @@ def log_label(factor: int, power: int) -> str:
     if -3 <= power <= 4:
         return f"{factor * 10**power:,}" if power >= 0 else f"{factor * 10.0**power:.{-power}f}"
     sign = f"10{str(power).translate(SUPERSCRIPT)}"
-    return sign if factor == 1 else f"{factor}×{sign}"
+    return sign if factor == 1 else f"{factor}\u00d7{sign}"
