@@ -12,27 +12,25 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from stillroom.compare_config import Arm, CompareConfig
+from stillroom.compare_config import Arm, CompareConfig, naming
 from stillroom.compare_ground import Ground, lay_ground
 from stillroom.comparison import ArmResult, Comparison
 from stillroom.console import Reporter, say
-from stillroom.storage.errors import InputError, StillroomError
+from stillroom.storage.errors import InputError
 
 
-def compare(config: CompareConfig, as_json: bool) -> Comparison:
-    """`stillroom compare`."""
+def compare(config: CompareConfig, as_json: bool) -> dict[str, Any]:
+    """`stillroom compare`; returns what `comparison.json` holds."""
     with Reporter() as report:
         result = run_comparison(config, report)
     if not as_json:
         result.show()
         say(f"the whole table with every seed, and figures: {config.out / 'comparison.md'}")
-    return result
+    return result.to_json()
 
 
 def run_comparison(config: CompareConfig, report: Reporter) -> Comparison:
@@ -109,15 +107,6 @@ def check_arms(config: CompareConfig) -> None:
                 training.loss, kind, missing=training.missing, tempered=is_tempered(training),
                 allow_biased=training.allow_biased,
             )  # fmt: skip
-
-
-@contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Errors of the block say which part of the comparison they are about."""
-    try:
-        yield
-    except StillroomError as error:
-        raise InputError(f"{what}: {error}") from error
 
 
 def _arm(config: CompareConfig, ground: Ground, arm: Arm, report: Reporter) -> ArmResult:

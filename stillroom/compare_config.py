@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -10,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from stillroom.pipeline.config import CacheConfig, CorpusConfig
 from stillroom.settings import unknown, validate
-from stillroom.storage.errors import InputError
+from stillroom.storage.errors import InputError, StillroomError
 from stillroom.train.config import TrainConfig
 
 PYTHON_SOURCES: Final = "python-sources"
@@ -164,7 +166,8 @@ class CompareConfig(CorpusConfig):
                 raise InputError(
                     f"{where}.cache has entries_like, which its draws are solved for: drop draws and entries_per_row"
                 )
-        self.caching(arm, corpus="data", teacher="teacher", out=Path("cache")).sampler_spec()
+        with naming(f"arm {arm.name}"):
+            self.caching(arm, corpus="data", teacher="teacher", out=Path("cache")).sampler_spec()
 
     def corpus(self, data: str, sequences: int | None) -> CorpusConfig:
         """How to read `data` up to so many sequences."""
@@ -234,3 +237,12 @@ def _check_keys(where: str, values: dict[str, Any], known: tuple[str, ...]) -> N
     for name in values:
         if name not in known:
             raise InputError(unknown(str(name), list(known), f"key of {where}"))
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Errors of the block say which part of the comparison they are about."""
+    try:
+        yield
+    except StillroomError as error:
+        raise InputError(f"{what}: {error}") from error

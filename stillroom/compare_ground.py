@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stillroom.compare_config import Arm, CompareConfig, TeacherToTrain
+from stillroom.compare_config import Arm, CompareConfig, TeacherToTrain, naming
 from stillroom.compare_sources import check_models, model_of, texts, tokenizer_source
 from stillroom.console import Reporter
-from stillroom.storage.errors import InputError, NotACacheError
+from stillroom.storage.errors import NotACacheError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,10 +182,8 @@ def _measure(config: CompareConfig, name: str, text: str, packed: PackedCorpus) 
             model = replace(model, draws=draws.get(arm.entries_like, model.draws))
             entries = rows.sample(model).entries / rows.rows
         assert entries is not None
-        try:
+        with naming(f"arm {arm.name}"):
             draws[arm.name] = solve_draws(rows, made.sampler_spec(), entries)
-        except InputError as error:
-            raise InputError(f"arm {arm.name}: {error}") from error
     return teacher.fingerprint, draws
 
 

@@ -114,7 +114,8 @@ class Comparison:
         if len(ends) < 2 or min(len(end.runs) for end in ends) <= place:
             return None
         low, high = (float(end.runs[place][key]) for end in ends)
-        return None if low == high else (low - float(self.arms[arm].runs[place][key])) / (low - high)
+        # + 0.0: no minus zero
+        return None if low == high else (low - float(self.arms[arm].runs[place][key])) / (low - high) + 0.0
 
     def gap_and_spread(self, key: str) -> tuple[float, float] | None:
         """Mean distance between the two ends, and the largest distance between seeds of one end; None: no ends, one seed."""

@@ -62,7 +62,7 @@ def standard_library_text(folder: Path) -> tuple[Path, Path]:
 def split_text(corpus: CorpusConfig, share: float, folder: Path, tokens: int | None) -> tuple[Path, Path]:
     """Deal the documents of a corpus to two .jsonl files, train and held-out, by a hash of what they say.
 
-    A document that occurs twice is in one of them only. Both files are kept for the next time.
+    A document that occurs twice is in one of them only. Files of the same corpus, cut the same way, are found again.
 
     Args:
         corpus: text, or token ids.
@@ -74,7 +74,7 @@ def split_text(corpus: CorpusConfig, share: float, folder: Path, tokens: int | N
         The paths of the training file and of the held-out file.
 
     Raises:
-        InputError: a corpus that can not be read, one without documents for both, or a folder that holds another one.
+        InputError: a corpus that can not be read, or one whose documents all fall to one of the files.
     """
     from stillroom.pipeline.corpus import documents
 
@@ -82,10 +82,9 @@ def split_text(corpus: CorpusConfig, share: float, folder: Path, tokens: int | N
     chosen = corpus.model_dump(mode="json", exclude={"seq_len", "max_sequences", "packing", "tokenize_workers"})
     enough = None if tokens is None else tokens * BYTES_PER_TOKEN
     record = {**chosen, "held_out_share": share, "enough_bytes": enough}
-    if made.is_file():
-        if json.loads(made.read_text()) != record:
-            raise InputError(f"{folder} holds the split of another corpus: choose another --out")
+    if made.is_file() and json.loads(made.read_text()) == record:
         return train, held_out
+    made.unlink(missing_ok=True)  # of other text: whoever read that one tells them apart by what they say
     folder.mkdir(parents=True, exist_ok=True)
     counts, size_bytes = {train: 0, held_out: 0}, 0
     column = corpus.ids_column or corpus.text_column

@@ -12,6 +12,7 @@ from typing import Final
 
 STEPS: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
 MINUS: Final = "\u2212"  # as wide as a plus, which a hyphen is not
+UNITS: Final = ((1e9, 1e9, " G"), (1e6, 1e6, " M"), (1e5, 1e3, " k"))  # from which value on, size, letter
 PADDING: Final = 0.05  # of the range, left free at either end
 SUPERSCRIPT: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -86,16 +87,21 @@ def linear_ticks(low: float, high: float, wanted: int) -> list[tuple[float, str]
     power = math.floor(math.log10(rough))
     factor = min(STEPS, key=lambda step: abs(math.log(step * 10.0**power / rough)))
     step = factor * 10.0**power
-    decimals = max(0, -power + (1 if factor == 2.5 else 0) - (1 if factor == 10.0 else 0))
     slack = 1e-9 * (high - low)
     first, last = math.ceil((low - slack) / step), math.floor((high + slack) / step)
-    values = [round(count * step, decimals) + 0.0 for count in range(first, last + 1)]
+    values = [round(count * step, 12 - power) + 0.0 for count in range(first, last + 1)]
     largest = max((abs(value) for value in values), default=0.0)
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if largest >= 10 * size and step >= size / 100:
-            digits = max(0, 2 - math.floor(math.log10(step / size * 100) + 1e-9))
-            return [(value, f"{value / size:.{digits}f}{unit}" if value else "0") for value in values]
-    return [(value, f"{value:,.{decimals}f}".replace("-", MINUS)) for value in values]
+    size, unit = next(((size, unit) for least, size, unit in UNITS if largest >= least), (1.0, ""))
+    digits = _digits(step / size)
+    return [
+        (value, f"{value / size:,.{digits}f}{unit}".replace("-", MINUS) if value else f"{0:.{digits}f}")
+        for value in values
+    ]
+
+
+def _digits(step: float) -> int:
+    """Decimals that multiples of `step` need."""
+    return next((digits for digits in range(15) if abs(round(step, digits) - step) < 1e-9 * step), 15)
 
 
 def log_ticks(low: float, high: float, wanted: int) -> list[tuple[float, str]]:
