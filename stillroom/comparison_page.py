@@ -15,6 +15,13 @@ AGAINST_BYTES: Final = {  # figure: key of a run, axis, what is better
     "acceptance": ("acceptance", "speculative acceptance (higher is better)"),
 }
 
+IN_WORDS: Final = {
+    "loss": "LM loss against bytes per row",
+    "acceptance": "acceptance against bytes per row",
+    "gap": "share of the KL gap closed",
+    "bytes": "bytes per row by array",
+}
+
 
 def page(result: Comparison, prefix: str = "") -> str:
     """The page below its heading.
@@ -43,7 +50,7 @@ def page(result: Comparison, prefix: str = "") -> str:
         "entropy, and the log-probabilities that are kept."
     )
     found = [f"- {sentence}" for sentence in result.findings()]
-    drawings = [f"![{name} against bytes per row]({prefix}{name}.svg)" for name in figures(result)]
+    drawings = [f"![{IN_WORDS[name]}]({prefix}{name}.svg)" for name in figures(result)]
     return "\n\n".join([intro, "\n".join([header, *lines]), *(["\n".join(found)] if found else []), *drawings]) + "\n"
 
 
@@ -86,7 +93,7 @@ def _against_bytes(result: Comparison, shelved: dict[str, ArmResult], name: str,
         if arm.bytes_per_row is None
     ]
     return chart(
-        f"{name.capitalize()} against bytes per row",
+        IN_WORDS[name][0].upper() + IN_WORDS[name][1:],
         f"Points, one an arm: {label} against the bytes a row of its cache takes; arms without a cache are lines.",
         Axis("bytes per row of the cache, everything included (logarithmic)", log=True),
         Axis(label),

@@ -80,7 +80,7 @@ def test_public_names_exist_and_are_sorted() -> None:
         assert getattr(stillroom, name) is not None
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["cache", "--help"], ["train", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["cache", "--help"], ["train", "--help"], ["compare", "--help"], ["ls"]])
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
     code = (
         f"import sys; from stillroom.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass\n"
