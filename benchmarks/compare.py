@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import report
-from stillroom.compare import run_comparison
-from stillroom.compare_config import CompareConfig
-from stillroom.comparison import Comparison
-from stillroom.comparison_page import figures, page
+from stillroom.comparing.config import CompareConfig
+from stillroom.comparing.page import figures, page
+from stillroom.comparing.result import Comparison
+from stillroom.comparing.run import run_comparison
 from stillroom.console import Reporter
 from stillroom.recipes import recipes
 from stillroom.settings import parse

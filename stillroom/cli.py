@@ -110,8 +110,8 @@ VERBS = {
         "  stillroom evaluate --student student/ --cache heldout-cache/",
     ),
     "compare": Verb(
-        "stillroom.compare_config:CompareConfig",
-        "stillroom.compare:compare",
+        "stillroom.comparing.config:CompareConfig",
+        "stillroom.comparing.run:compare",
         "Train and measure students that differ in one thing each, and write one table: arms and seeds from a file, resumable.",
         "  stillroom cp compare compare.yaml     the built-in one, to change\n"
         "  stillroom compare --config compare.yaml\n"

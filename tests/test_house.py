@@ -80,7 +80,9 @@ def test_public_names_exist_and_are_sorted() -> None:
         assert getattr(stillroom, name) is not None
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["cache", "--help"], ["train", "--help"], ["compare", "--help"], ["ls"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["cache", "--help"], ["train", "--help"], ["compare", "--help"], ["ls"]]
+)
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
     code = (
         f"import sys; from stillroom.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass\n"
@@ -109,3 +111,5 @@ def test_wheel_from_sdist_holds_every_module(tmp_path: Path) -> None:
     for room in ROOMS:
         for file in (ROOT / room).rglob("*.py"):
             assert f"stillroom/{file.relative_to(ROOT).as_posix()}" in held
+    for recipe in (ROOT / "stillroom" / "recipes").glob("*.yaml"):
+        assert f"stillroom/recipes/{recipe.name}" in held

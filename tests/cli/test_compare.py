@@ -11,11 +11,14 @@ import pytest
 import yaml
 
 from stillroom.cli import main
-from stillroom.compare_config import CompareConfig
-from stillroom.comparison import ArmResult, Comparison
+from stillroom.comparing.config import CompareConfig
+from stillroom.comparing.findings import findings
+from stillroom.comparing.result import ArmResult, Comparison
 from stillroom.recipes import recipes
 from stillroom.settings import validate
 from stillroom.storage.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def settings(teacher: Path, student: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def test_findings_follow_the_figures() -> None:
     arms = {"CE": arm(0.4, 0.5), "random": arm(0.20, 0.30), "full": arm(0.1, 0.1)}
     ground: dict[str, Any] = dict(tokens=1, held_out_rows=1, seeds=(0, 1), gap=("CE", "full"))
     better, worse, split = (
-        Comparison(arms={**arms, "mine": arm(*kl, entries_like="random")}, **ground).findings()[0]
+        findings(Comparison(arms={**arms, "mine": arm(*kl, entries_like="random")}, **ground))[0]
         for kl in ((0.19, 0.30), (0.21, 0.31), (0.19, 0.31))
     )
     assert "at least as close to the teacher in both seeds than random" in better
@@ -159,14 +162,14 @@ def test_findings_follow_the_figures() -> None:
     assert result.cells("mine", "kl_gap") == pytest.approx([0.5, 0.5])
     close = Comparison(arms={"CE": arm(0.4, 0.5), "full": arm(0.39, 0.5)}, **ground)
     assert close.cells("full", "kl_gap") == [], "seeds lie further apart than the two ends"
-    assert any("not resolved" in sentence for sentence in close.findings())
+    assert any("not resolved" in sentence for sentence in findings(close))
     assert Comparison.from_json(json.loads(json.dumps(result.to_json()))).arms.keys() == result.arms.keys()
 
 
 def test_recipes_are_listed_copied_and_hold_settings_that_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from stillroom.compare import check_arms
+    from stillroom.comparing.run import check_arms
     from stillroom.pipeline.config import CacheConfig
     from stillroom.train.config import TrainConfig
 
@@ -181,6 +184,8 @@ def test_recipes_are_listed_copied_and_hold_settings_that_work(
         config = validate(models[name.split("-")[0]], yaml.safe_load(recipe.text))
         if isinstance(config, CompareConfig):
             check_arms(config)
+    example = (ROOT / "docs" / "compare.md").read_text().split("```yaml\n")[1].split("```")[0]
+    check_arms(validate(CompareConfig, yaml.safe_load(example)))
     assert main(["cp", "compare", str(file)]) == 2
     assert main(["cp", "comparee", str(tmp_path / "x")]) == 2
     captured = capsys.readouterr()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Final
 
-from stillroom.comparison import HEADER, ArmResult, Comparison
+from stillroom.comparing.findings import findings
+from stillroom.comparing.result import HEADER, ArmResult, Comparison
 from stillroom.pipeline.report.bars import bars, stacked
 from stillroom.pipeline.report.charts import Level, Series, chart
 from stillroom.pipeline.report.scales import Axis
@@ -49,7 +50,7 @@ def page(result: Comparison, prefix: str = "") -> str:
         f"{seeds}{share}Bytes are the whole cache divided by its rows: ids, weights, tokens, lengths, label log-probability, "
         "entropy, and the log-probabilities that are kept."
     )
-    found = [f"- {sentence}" for sentence in result.findings()]
+    found = [f"- {sentence}" for sentence in findings(result)]
     drawings = [f"![{IN_WORDS[name]}]({prefix}{name}.svg)" for name in figures(result)]
     return "\n\n".join([intro, "\n".join([header, *lines]), *(["\n".join(found)] if found else []), *drawings]) + "\n"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from stillroom.compare_config import PYTHON_SOURCES, CompareConfig, TeacherToTrain
+from stillroom.comparing.arms import TeacherToTrain
+from stillroom.comparing.config import PYTHON_SOURCES, CompareConfig
 from stillroom.scratch import split_text, standard_library_text, train_tokenizer, write_model_config
 from stillroom.storage.errors import InputError
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stillroom.compare_config import Arm, CompareConfig, TeacherToTrain, naming
-from stillroom.compare_sources import check_models, model_of, texts, tokenizer_source
+from stillroom.comparing.arms import Arm, TeacherToTrain, naming
+from stillroom.comparing.config import CompareConfig
+from stillroom.comparing.sources import check_models, model_of, texts, tokenizer_source
 from stillroom.console import Reporter
 from stillroom.storage.errors import NotACacheError
 

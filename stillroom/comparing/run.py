@@ -16,9 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from stillroom.compare_config import Arm, CompareConfig, naming
-from stillroom.compare_ground import Ground, lay_ground
-from stillroom.comparison import ArmResult, Comparison
+from stillroom.comparing.arms import Arm, naming
+from stillroom.comparing.config import CompareConfig
+from stillroom.comparing.ground import Ground, lay_ground
+from stillroom.comparing.result import ArmResult, Comparison
 from stillroom.console import Reporter, say
 from stillroom.storage.errors import InputError
 

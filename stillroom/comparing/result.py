@@ -1,4 +1,4 @@
-"""The result of a comparison: figures by arm and seed, shares of gaps, what they show; as a table and as JSON."""
+"""The result of a comparison: figures by arm and seed, shares of gaps; as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Comparison:
 
     def write_page(self, folder: Path) -> None:
         """Write `comparison.md` and its figures."""
-        from stillroom.comparison_page import figures, page
+        from stillroom.comparing.page import figures, page
 
         for name, drawing in figures(self).items():
             (folder / f"{name}.svg").write_text(drawing, encoding="utf-8")
@@ -148,60 +148,16 @@ class Comparison:
             table.append([name, kept, *sizes, *cells])
         return table
 
-    def findings(self) -> list[str]:
-        """What the figures show, in sentences: arms at equal entries, gaps that seeds do not resolve."""
-        found = [self._equal_entries(name, arm.entries_like) for name, arm in self.arms.items() if arm.entries_like]
-        for key, words in GAPS.items():
-            if not self.resolved(key) and self.gap is not None and (measured := self.gap_and_spread(key)):
-                found.append(
-                    f"{self.gap[0]} and {self.gap[1]} end {measured[0]:.4f} nats of {words} apart, seeds of one of them up to "
-                    f"{measured[1]:.4f}: that gap is not resolved at this size, so shares of it are left out."
-                )
-        return found
-
-    def _equal_entries(self, name: str, other: str) -> str:
-        """Whether an arm does at least as well as the one whose entries it keeps, by seed, in held-out KL."""
-        mine, its = self.arms[name], self.arms[other]
-        pairs = list(zip(mine.values("kl"), its.values("kl")))
-        better = [a <= b for a, b in pairs]
-        seeds = "the one seed" if len(pairs) == 1 else "both seeds" if len(pairs) == 2 else f"all {len(pairs)} seeds"
-        verdict = (
-            f"at least as close to the teacher in {seeds}" if all(better)
-            else f"less close to the teacher in {seeds}" if not any(better)
-            else f"at least as close to the teacher in {sum(better)} of {len(pairs)} seeds"
-        )  # fmt: skip
-        told = ", ".join(f"{a:.4f} against {b:.4f}" for a, b in pairs)
-        if closed := [self._shares(arm) for arm in (name, other) if self._shares(arm)]:
-            told += "; share of the KL gap closed: " + " against ".join(closed)
-        entries = " and ".join(
-            "?" if arm.entries_per_row is None else f"{arm.entries_per_row:.2f}" for arm in (mine, its)
-        )
-        text = f"At equal entries per row ({entries}) {name} is {verdict} than {other} (KL {told})."
-        if len(pairs) > 1:
-            apart = abs(statistics.mean(a - b for a, b in pairs))
-            spread = max(max(arm.values("kl")) - min(arm.values("kl")) for arm in (mine, its))
-            relation = "more" if apart > spread else "less"
-            text += (
-                f" Their mean distance, {apart:.4f}, is {relation} than the seeds of one arm are apart ({spread:.4f})"
-                + (
-                    "."
-                    if apart > spread
-                    else ": the sign by seed is what this size can tell, not how large the difference is."
-                )
-            )
-        return text
-
-    def _shares(self, name: str) -> str:
-        return ", ".join(f"{share:.1%}" for share in self.cells(name, "kl_gap"))
-
     def show(self) -> None:
         """Print the table of means, and what it shows."""
+        from stillroom.comparing.findings import findings
+
         show_table(
             f"{self.held_out_rows:,} held-out rows, mean of {len(self.seeds)} seeds",
             HEADER,
             self.rows(every_seed=False),
         )
-        for sentence in self.findings():
+        for sentence in findings(self):
             say(sentence)
 
 

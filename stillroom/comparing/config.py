@@ -2,69 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from stillroom.comparing.arms import CACHE_KEYS, LIVE, TRAIN_KEYS, Arm, TeacherToTrain, check_keys, naming
 from stillroom.pipeline.config import CacheConfig, CorpusConfig
 from stillroom.settings import unknown, validate
-from stillroom.storage.errors import InputError, StillroomError
+from stillroom.storage.errors import InputError
 from stillroom.train.config import TrainConfig
 
 PYTHON_SOURCES: Final = "python-sources"
-LIVE: Final = "live"
-# What a comparison decides itself; all other keys of the two are open.
-_OWN_OF_CACHE: Final = {*CorpusConfig.model_fields, "teacher", "revision", "adapter", "out", "rank", "ranks"}
-_OWN_OF_TRAIN: Final = {
-    "cache", "cache_dir", "cache_bytes", "window", "student", "out", "teacher", "max_sequences", "seed", "resume"
-}  # fmt: skip
-CACHE_KEYS: Final = tuple(name for name in CacheConfig.model_fields if name not in _OWN_OF_CACHE)
-TRAIN_KEYS: Final = tuple(name for name in TrainConfig.model_fields if name not in _OWN_OF_TRAIN)
-
-
-class TeacherToTrain(BaseModel):
-    """A teacher that the comparison trains first, by cross-entropy on the text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    train: str | dict[str, Any] = Field(
-        description="the model: a configuration (model_type and what differs from its defaults), or a folder or hub id"
-    )
-    tokenizer: str | int | None = Field(
-        None, description="folder or hub id, or the number of ids of one made from the text (unset: the model's)"
-    )
-    tokens: int | None = Field(None, ge=1, description="tokens it is trained on (unset: as many as each student)")
-    settings: dict[str, Any] = Field({}, description="settings of its training, over those of `train`")
-
-
-class Arm(BaseModel):
-    """One kind of target: which cache, which training."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str = Field(min_length=1, max_length=60, description="in table, figures and folder names")
-    cache: dict[str, Any] | None = Field(
-        None, description="settings of the cache it trains from (unset: it needs none); entries_like: the arm whose entries "
-        "per row it is to keep"
-    )  # fmt: skip
-    train: dict[str, Any] = Field({}, description="settings of its training; teacher: live asks the teacher itself")
-
-    @property
-    def folder(self) -> str:
-        """Its name as part of a file name."""
-        return re.sub(r"[^\w.+-]+", "-", self.name.replace("=", "")).strip("-")
-
-    @property
-    def live(self) -> bool:
-        """Whether the teacher sits beside the student."""
-        return self.train.get("teacher") == LIVE
-
-    @property
-    def entries_like(self) -> str | None:
-        """The arm whose entries per row it keeps."""
-        return None if self.cache is None else self.cache.get("entries_like")
 
 
 def _seeds(value: Any) -> Any:
@@ -133,8 +82,8 @@ class CompareConfig(CorpusConfig):
         for name in self.gap or ():
             if name not in names:
                 raise InputError(unknown(name, names, "arm (gap)"))
-        _check_keys("train", self.train, TRAIN_KEYS)
-        _check_keys("cache", self.cache, CACHE_KEYS)
+        check_keys("train", self.train, TRAIN_KEYS)
+        check_keys("cache", self.cache, CACHE_KEYS)
         if isinstance(self.teacher, TeacherToTrain):
             self.teacher_training("student", Path("teacher"))
         for arm in self.arms:
@@ -143,7 +92,7 @@ class CompareConfig(CorpusConfig):
 
     def _check_arm(self, arm: Arm, names: list[str]) -> None:
         where = f"arms.{arm.name}"
-        _check_keys(f"{where}.train", arm.train, (*TRAIN_KEYS, "teacher"))
+        check_keys(f"{where}.train", arm.train, (*TRAIN_KEYS, "teacher"))
         if arm.train.get("teacher") not in (None, LIVE):
             raise InputError(
                 f"{where}.train.teacher came as {arm.train['teacher']!r}, wanted {LIVE}: the one of all arms"
@@ -153,7 +102,7 @@ class CompareConfig(CorpusConfig):
         )
         if arm.cache is None:
             return
-        _check_keys(f"{where}.cache", arm.cache, (*CACHE_KEYS, "entries_like"))
+        check_keys(f"{where}.cache", arm.cache, (*CACHE_KEYS, "entries_like"))
         if (other := arm.entries_like) is not None:
             if other not in names:
                 raise InputError(unknown(other, names, f"arm ({where}.cache.entries_like)"))
@@ -216,7 +165,7 @@ class CompareConfig(CorpusConfig):
             InputError: a setting that does not fit.
         """
         assert isinstance(self.teacher, TeacherToTrain)
-        _check_keys("teacher.settings", self.teacher.settings, (*TRAIN_KEYS, "seed"))
+        check_keys("teacher.settings", self.teacher.settings, (*TRAIN_KEYS, "seed"))
         values = {**self.train, **self.teacher.settings, "loss": "ce", "student": student, "out": out}
         return validate(TrainConfig, values, inside="teacher.settings")
 
@@ -231,18 +180,3 @@ class CompareConfig(CorpusConfig):
             if arm.live and {**self.train, **arm.train}.get("loss", "forward_kl") == "forward_kl"
         ]
         return (ce[0], full[0]) if ce and full else None
-
-
-def _check_keys(where: str, values: dict[str, Any], known: tuple[str, ...]) -> None:
-    for name in values:
-        if name not in known:
-            raise InputError(unknown(str(name), list(known), f"key of {where}"))
-
-
-@contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Errors of the block say which part of the comparison they are about."""
-    try:
-        yield
-    except StillroomError as error:
-        raise InputError(f"{what}: {error}") from error

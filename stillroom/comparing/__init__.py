@@ -1,0 +1,1 @@
+"""`stillroom compare`: arms times seeds of one student, on one teacher and one text."""
