@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help install demo test test-slow fuzz test-gpu lint format compare bench bench-storage bench-kernels bench-cache bench-engines clean
+.PHONY: help install demo test test-slow fuzz test-gpu lint format compare bench bench-storage bench-kernels bench-cache bench-engines bench-train clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
@@ -49,7 +49,7 @@ format: $(READY)    ## let ruff rewrite what it can
 compare: $(READY)   ## the paper's experiment in small (up to an hour on two cores): docs/benchmarks/compare.*
 	$(BIN)/python -m benchmarks.compare
 
-bench: bench-storage bench-kernels bench-cache bench-engines
+bench: bench-storage bench-kernels bench-cache bench-engines bench-train
 
 bench-storage: $(READY) ## bytes per row, rates of writing, reading and loading: docs/benchmarks/storage.*
 	$(BIN)/python -m benchmarks.storage
@@ -62,6 +62,9 @@ bench-cache: $(READY) ## stage one against the teacher's bare forward: docs/benc
 
 bench-engines: $(READY) ## two processes against one: docs/benchmarks/engines.*
 	$(BIN)/python -m benchmarks.engines
+
+bench-train: $(READY) ## a training step from a cache against one from the text: docs/benchmarks/train.*
+	$(BIN)/python -m benchmarks.train
 
 clean:              ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist

@@ -100,7 +100,8 @@ VERBS = {
         "stillroom.commands:train",
         "Train a student from a cache (or from a live teacher: the reference arm).",
         "  stillroom train --cache cache/ --student student-config/ --out student/\n"
-        "  stillroom train --cache cache/ --student HuggingFaceTB/SmolLM2-135M --out student/ --alpha 0.1 --lr 3e-4",
+        "  stillroom train --cache cache/ --student HuggingFaceTB/SmolLM2-135M --out student/ --alpha 0.1 --lr 3e-4\n"
+        "  torchrun --nproc-per-node 8 -m stillroom train --cache cache/ --student config.json --out student/ --parallel fsdp",
     ),
     "evaluate": Verb(
         "stillroom.commands:EvaluateConfig",
@@ -191,7 +192,7 @@ def _dispatch(arguments: list[str]) -> int:
     )
     body: Callable[[Any, bool], Any] = _load(verb.body)
     result = body(settings, as_json)
-    if as_json:
+    if as_json and result is not None:
         plain = (
             dataclasses.asdict(result) if dataclasses.is_dataclass(result) and not isinstance(result, type) else result
         )

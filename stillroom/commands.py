@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,12 +144,17 @@ def inspect(config: InspectConfig, as_json: bool) -> Inspection | Seen:
     return result
 
 
-def train(config: TrainConfig, as_json: bool) -> TrainResult:
-    """`stillroom train`."""
+def train(config: TrainConfig, as_json: bool) -> TrainResult | None:
+    """`stillroom train`; of several processes the first alone has something to say."""
     from stillroom.train.run import train_student
+    from stillroom.train.stop import Stop
 
-    with Reporter() as report:
-        result = train_student(config, on_progress=lambda done, total, note: report("train", done, total, _note(note)))
+    with Reporter() as report, Stop() as stop:
+        result = train_student(
+            config, on_progress=lambda done, total, note: report("train", done, total, _note(note)), stop=stop
+        )
+    if os.environ.get("RANK", "0") != "0":
+        return None
     for note in result.notes:
         say(note)
     if result.already_done:

@@ -31,6 +31,9 @@ NOT_YET: Final = {
     "delta_kd": "it needs two teachers at the same ids (arXiv 2509.14526)",
     "minillm": "it needs text that the student wrote (arXiv 2306.08543)",
 }
+HeadName = Literal["auto", "fused", "logits"]
+ParallelName = Literal["ddp", "fsdp"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class TrainConfig(BaseModel):
@@ -155,6 +158,38 @@ class TrainConfig(BaseModel):
     )
     decay: float = Field(0.5, gt=0, le=1, description="share of the steps, at the end, over which wsd falls to zero")
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient (0: no clipping)")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="keep a running average of the weights with this decay, and save it in ema/ as well",
+    )
+    lora_rank: int | None = Field(
+        None, ge=1, description="train LoRA factors of this rank beside frozen weights (unset: train all weights)"
+    )
+    lora_alpha: float | None = Field(
+        None, gt=0, description="scale of the factors, over the rank (unset: twice the rank)"
+    )
+    lora_targets: str | None = Field(
+        None, description="modules that get factors, comma-separated names (unset: every linear one but the head)"
+    )
+    head: HeadName = Field(
+        "auto",
+        description="fused: loss from hidden states, a chunk of logits at a time; logits: all at once (auto: fused on a GPU)",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="keep the input of every block only and compute the block again in the backward pass"
+    )
+    compile: bool = Field(False, description="compile every block with torch.compile")
+    parallel: ParallelName = Field(
+        "ddp", description="of several processes: ddp, a whole student in each; fsdp, one student cut over them"
+    )
+    loader_workers: int | None = Field(
+        None,
+        ge=0,
+        description="processes that read and decode ahead of each training process (unset: 2 on a GPU, else 0)",
+    )
+    report_to: TrackerName | None = Field(None, description="tracker to report to as well, if it is installed")
 
     batch_size: int = Field(16, ge=1, description="sequences per optimizer step, over all processes")
     grad_accumulation: int = Field(1, ge=1, description="parts the batch is cut in to save memory; changes no result")

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stillroom.kernels.targets import SparseTargets
 from stillroom.storage import targets as storage_targets
 from stillroom.storage.cache import Cache, Follower
 from stillroom.storage.errors import InputError
+from stillroom.storage.remote.cache import RemoteCache
 from stillroom.storage.segments import positions_of
 from stillroom.storage.selection import Selection
 from stillroom.storage.stream import StreamOrder
@@ -291,6 +292,29 @@ def batch_of(
     )
 
 
+def loader_of(
+    source: Source, order: OrderSampler, *, workers: int, collate: Callable[[Batch], Any] | None = None
+) -> DataLoader[Any]:
+    """The batches of a source in an order.
+
+    Args:
+        source: what is read.
+        order: which sequences, a batch at a time.
+        workers: processes that read and decode; 0: this one.
+        collate: makes a batch into what the loader gives; None: as it is.
+    """
+    return DataLoader(
+        source,  # type: ignore[arg-type]  # __getitems__ is the loader's own protocol
+        batch_sampler=order,
+        collate_fn=collate or as_is,  # type: ignore[arg-type]  # __getitems__ hands it one batch
+        num_workers=workers,
+        # Connections and their threads do not live through a fork.
+        multiprocessing_context="spawn" if workers and _remote(source) else None,
+        # One of its own: the loader would otherwise draw a seed from the global one, and dropout after a resume would differ.
+        generator=torch.Generator(),
+    )
+
+
 def as_is(batch: Batch) -> Batch:
     """The `collate_fn` of these datasets: `__getitems__` has collated already."""
     return batch
@@ -306,6 +330,13 @@ def to_torch(targets: storage_targets.SparseTargets) -> SparseTargets:
         entropy=_tensor(targets.entropy),
         logp=None if targets.logp is None else _tensor(targets.logp),
     )
+
+
+def _remote(source: Any) -> bool:
+    """Whether a cache behind the source, or behind the one it is put around, is remote."""
+    if hasattr(source, "inner"):
+        return _remote(source.inner)
+    return any(isinstance(c, RemoteCache) for c in getattr(source, "caches", [getattr(source, "cache", None)]))
 
 
 def _tensor(array: npt.NDArray[np.generic]) -> torch.Tensor:

@@ -1,14 +1,16 @@
-"""The run folder: who owns it, which checkpoint is whole, what has been logged, whether it is finished.
+"""The run folder: who owns it, which checkpoint is whole, what has been logged, whether it is finished. One process writes it.
 
 OUT/run.json                the resolved settings and library versions; another run is refused
 OUT/metrics.jsonl           one line every `log_every` steps
-OUT/checkpoint-<step>/      model, optimizer, schedule, generators; complete.json is written last and lists the sizes
+OUT/checkpoint-<step>/      see `checkpoint.py`; complete.json is written last and lists sizes and hashes
 OUT/config.json, model.safetensors, tokenizer files, README.md      the student, as `save_pretrained` writes it
+OUT/ema/                    the averaged student likewise, and OUT/adapter/ LoRA's factors, where the run has them
 OUT/result.json             written last of all: the run is finished
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -83,13 +85,14 @@ class RunFolder:
         found = [p for p in self.path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
         return sorted(found, key=step_of)
 
-    def last_complete(self) -> tuple[Path | None, list[Path]]:
-        """The newest whole checkpoint, and the broken ones that are newer."""
-        broken: list[Path] = []
+    def last_complete(self) -> tuple[Path | None, dict[Path, str]]:
+        """The newest whole checkpoint, and the broken ones that are newer with what is wrong with them."""
+        broken: dict[Path, str] = {}
         for checkpoint in reversed(self.checkpoints()):
-            if is_complete(checkpoint):
+            wrong = damage(checkpoint)
+            if wrong is None:
                 return checkpoint, broken
-            broken.append(checkpoint)
+            broken[checkpoint] = wrong
         return None, broken
 
     def append_metrics(self, record: dict[str, Any]) -> None:
@@ -119,18 +122,28 @@ def step_of(checkpoint: Path) -> int:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Write the list of files and sizes that makes a checkpoint count."""
-    sizes = {p.name: p.stat().st_size for p in sorted(checkpoint.iterdir()) if p.is_file() and p.name != COMPLETE}
-    write_json(checkpoint / COMPLETE, sizes)
+    """Write the list of files, sizes and SHA-256 that makes a checkpoint count."""
+    files = [path for path in sorted(checkpoint.iterdir()) if path.is_file() and path.name != COMPLETE]
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # listed is to mean kept
+    listed = {path.name: {"size_bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    write_json(checkpoint / COMPLETE, listed)
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file of the checkpoint is there in the size it was written with."""
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, None if every file is there with the bytes it was written with."""
     try:
-        sizes: dict[str, int] = json.loads((checkpoint / COMPLETE).read_text())
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+        listed: dict[str, dict[str, Any]] = json.loads((checkpoint / COMPLETE).read_text())
+        for name, kept in listed.items():
+            if (checkpoint / name).stat().st_size != kept["size_bytes"]:
+                return "is incomplete"
+        for name, kept in listed.items():
+            if _sha256(checkpoint / name) != kept["sha256"]:
+                return f"is damaged ({name} is not what was written)"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return "is incomplete"
+    return None
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -145,3 +158,8 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

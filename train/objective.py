@@ -147,8 +147,9 @@ def _rows(batch: Batch, rows: float | torch.Tensor) -> torch.Tensor:
 def _summed(found: list[tuple[Term, SparseKDOutput]], weights_N: torch.Tensor) -> LossTerms:
     """The parts of the loss; the log's means are over rows, whatever these weigh in the loss."""
     loss = torch.stack([out.loss for _, out in found]).sum()
-    kd = torch.stack([(weights_N * term.share) @ out.kd_N for term, out in found]).sum()
-    return LossTerms(loss, kd, weights_N @ found[-1][1].ce_N)
+    # Not by `@`, which autocast would do in bfloat16.
+    kd = torch.stack([(weights_N * term.share * out.kd_N).sum() for term, out in found]).sum()
+    return LossTerms(loss, kd, (weights_N * found[-1][1].ce_N).sum())
 
 
 def _no_logits() -> torch.Tensor:

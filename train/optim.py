@@ -14,9 +14,11 @@ from typing import Any, final
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from stillroom.train.config import OptimizerName, ScheduleName
+from stillroom.train.sharded import cut_like, whole
 
 BETAS = (0.9, 0.95)
 MUON_MOMENTUM = 0.95
@@ -41,7 +43,8 @@ def make_optimizer(
     """The optimizer of a run.
 
     `adamw`: matrices decay, vectors do not. `muon`: 2-D weights that are neither embedding nor head go to Muon with
-    `weight_decay`; all else, without decay, to AdamW at `embedding_lr`.
+    `weight_decay`; all else, without decay, to AdamW at `embedding_lr`. Of weights that FSDP2 has cut, Muon gathers one update at
+    a time and orthogonalises it in every process.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     device = trained[0].device
@@ -55,10 +58,14 @@ def make_optimizer(
     hidden = [p for p in trained if p.ndim == 2 and id(p) not in ends]
     taken = {id(p) for p in hidden}
     rest = [p for p in trained if id(p) not in taken]
-    kind = torch.optim.Muon if fast_bfloat16(device) else Float32Muon
+    fast, cut = fast_bfloat16(device), any(isinstance(p, DTensor) for p in hidden)
+    kind = torch.optim.Muon if fast and not cut else Float32Muon
+    muon = kind(hidden, lr=lr, weight_decay=weight_decay, momentum=MUON_MOMENTUM)
+    if isinstance(muon, Float32Muon) and fast:
+        muon.iterated_in = torch.bfloat16
     return CombinedOptimizer(
         [
-            kind(hidden, lr=lr, weight_decay=weight_decay, momentum=MUON_MOMENTUM),
+            muon,
             AdamW(rest, lr=embedding_lr, betas=BETAS, weight_decay=0.0, fused=True),
         ]
     )
@@ -124,7 +131,13 @@ class CombinedOptimizer(Optimizer):
 
 @final
 class Float32Muon(torch.optim.Muon):
-    """`torch.optim.Muon` with the Newton-Schulz iteration in float32, for CPUs that emulate bfloat16."""
+    """`torch.optim.Muon` with the Newton-Schulz iteration in float32, for CPUs that emulate bfloat16; and for cut weights.
+
+    Attributes:
+        iterated_in: dtype of the iteration.
+    """
+
+    iterated_in = torch.float32
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -137,11 +150,9 @@ class Float32Muon(torch.optim.Muon):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 buffer = state["momentum_buffer"].lerp_(weight.grad, 1.0 - group["momentum"])
-                update = orthogonalise(
-                    weight.grad.lerp(buffer, group["momentum"]),
-                    group["ns_coefficients"],
-                    group["ns_steps"],
-                    group["eps"],
+                nesterov = whole(weight.grad.lerp(buffer, group["momentum"])).to(self.iterated_in)
+                update = cut_like(
+                    weight, orthogonalise(nesterov, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 )
                 weight.mul_(1.0 - group["lr"] * group["weight_decay"])
                 scale = math.sqrt(max(1.0, weight.shape[0] / weight.shape[1]))

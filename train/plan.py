@@ -39,6 +39,13 @@ NOT_IDENTITY: Final = {
     "save_every",
     "log_every",
     *SELECTION_SETTINGS,
+    "grad_accumulation",
+    "head",
+    "gradient_checkpointing",
+    "compile",
+    "parallel",
+    "loader_workers",
+    "report_to",
 }  # change where and how, not what
 
 

@@ -6,6 +6,7 @@ import datetime
 import logging
 import platform
 import shutil
+import signal
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +17,19 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
+from stillroom.storage.depot import redacted
 from stillroom.storage.manifest import DOCUMENTS
+from stillroom.train.adapters import merged
 from stillroom.train.card import model_card
+from stillroom.train.checkpoint import Tensors, gather, writing
 from stillroom.train.config import TrainConfig
+from stillroom.train.engine import check_engine, make_ready
 from stillroom.train.folder import RunFolder, step_of
+from stillroom.train.fused import without_loss
 from stillroom.train.objective import Objective
 from stillroom.train.plan import Plan, make_plan
+from stillroom.train.ranks import Ranks
+from stillroom.train.stop import Stop, Stopped
 from stillroom.train.student import check_documents, copy_tokenizer, load_model, quiet
 from stillroom.train.targets import LiveTeacher
 from stillroom.train.trainer import Progress, StillroomTrainer
@@ -61,58 +69,64 @@ def train_student(
     *,
     tokens_SL1: npt.NDArray[np.integer] | None = None,
     on_progress: Progress = lambda done, total, metrics: None,
+    stop: Stop | None = None,
 ) -> TrainResult:
     """Train a student, or go on with an interrupted run, and save it in `config.out`.
 
-    On one CPU process a run that was killed and resumed ends in the same bytes as one that was not.
+    On one CPU process a run that was killed and resumed ends in the same bytes as one that was not. Under torchrun every process
+    calls it; the first one writes and is told of progress, all return the same.
 
     Args:
         config: settings.
         tokens_SL1: `[S, L+1]` token ids, for `ce` and live teachers without a cache.
         on_progress: told (steps done, steps in all, last logged metrics) after every step.
+        stop: entered; a signal then ends the run after the step in hand, with a checkpoint.
 
     Raises:
+        Stopped: `stop` was asked to; the same call goes on.
         InputError: settings, student, teacher or text that cannot be used; nothing has been written then. Also a loss
             that is not finite any more.
         CacheError: a cache that cannot be read.
     """
-    plan = make_plan(config, tokens_SL1)
+    ranks = Ranks.join()
+    plan = ranks.together(lambda: make_plan(config, tokens_SL1))
+    ranks.together(lambda: check_engine(plan.config, plan.student, ranks))
     folder = RunFolder(config.out)
     identity = plan.identity()
-    begun = folder.check(identity)
-    if begun and config.resume and (finished := folder.result()) is not None:
+    begun = ranks.once(lambda: folder.check(identity))
+    if begun and config.resume and (finished := ranks.once(folder.result)) is not None:
         notes = tuple(finished.pop("notes"))
         return TrainResult(out=config.out, **finished, already_done=True, notes=notes)
-    model = load_model(plan.student, role="student", seed=config.seed)
+    model = ranks.together(lambda: load_model(plan.student, role="student", seed=config.seed))
     objective = _objective(plan)
     if plan.cache is not None and plan.cache.manifest.packing.policy == DOCUMENTS:
         check_documents(model, plan.student, role="student")
         if isinstance(objective.targets, LiveTeacher) and plan.teacher is not None:
             check_documents(objective.targets.model, plan.teacher, role="teacher")
-    if not begun:
-        folder.create(_record(plan, identity))
-    elif not config.resume:
-        folder.restart()
-
-    checkpoint, notes = _checkpoint(folder)
-    notes = plan.notes + notes
-    for note in notes:
-        logger.warning(note)
-    first_step = 0 if checkpoint is None else step_of(checkpoint)
+    ranks.together(lambda: make_ready(model, plan.config, objective, ranks))
+    checkpoint, notes, last = ranks.once(lambda: _begin(plan, folder, identity, begun))
+    if ranks.first:
+        for note in notes:
+            logger.warning(note)
     with_cache = model.config.use_cache  # the Trainer switches it off, which is no property of the student
     with quiet():
         trainer = StillroomTrainer(
             model=model,
             config=plan.config,
             source=plan.source,
-            objective=objective,
             order=plan.order,
             folder=folder,
-            first_step=first_step,
-            last_metrics=folder.cut_metrics(first_step),
+            ranks=ranks,
+            stop=stop,
+            first_step=0 if checkpoint is None else step_of(checkpoint),
+            last_metrics=last,
             on_progress=on_progress,
         )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    assert plan.config.steps is not None
+    if trainer.state.global_step < plan.config.steps:
+        raise Stopped((stop and stop.number) or signal.SIGTERM)  # the signal may have come to another process
+    without_loss(model)
     model.config.use_cache = with_cache
     last = trainer.last_metrics
     result = TrainResult(
@@ -124,11 +138,22 @@ def train_student(
         tokens_per_s=last["tokens"] / last["seconds"],
         notes=notes,
     )
-    _save(model, plan, result, last)
-    kept = asdict(result)
-    del kept["out"], kept["already_done"]
-    folder.finish(kept)
+    tensors = gather(trainer.trained(), ranks)
+    average = None if trainer.ema is None else gather({**trainer.trained(), **trainer.ema.average}, ranks)
+    ranks.once(lambda: _finish(model, plan, folder, result, last, tensors, average))
     return result
+
+
+def _begin(
+    plan: Plan, folder: RunFolder, identity: dict[str, Any], begun: bool
+) -> tuple[Path | None, tuple[str, ...], dict[str, Any]]:
+    """Make or clear the folder, and say where to go on: the checkpoint, notes, the last line of the log up to there."""
+    if not begun:
+        folder.create(_record(plan, identity))
+    elif not plan.config.resume:
+        folder.restart()
+    checkpoint, notes = _checkpoint(folder)
+    return checkpoint, plan.notes + notes, folder.cut_metrics(0 if checkpoint is None else step_of(checkpoint))
 
 
 def _checkpoint(folder: RunFolder) -> tuple[Path | None, tuple[str, ...]]:
@@ -137,7 +162,9 @@ def _checkpoint(folder: RunFolder) -> tuple[Path | None, tuple[str, ...]]:
     for path in broken:
         shutil.rmtree(path)
     where = "the beginning" if checkpoint is None else checkpoint.name
-    return checkpoint, tuple(f"{path.name} is incomplete and was removed: going on from {where}" for path in broken)
+    return checkpoint, tuple(
+        f"{path.name} {wrong} and was removed: going on from {where}" for path, wrong in broken.items()
+    )
 
 
 def _objective(plan: Plan) -> Objective:
@@ -151,20 +178,53 @@ def _objective(plan: Plan) -> Objective:
 
 
 def _record(plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:
+    config = plan.config.model_dump(mode="json")
+    if isinstance(plan.config.cache, str):
+        config["cache"] = ",".join(map(redacted, plan.config.cache.split(",")))  # no password of an address
     return {
         "settings": identity,
-        "config": plan.config.model_dump(mode="json"),
+        "config": config,
         "libraries": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def _save(model: PreTrainedModel, plan: Plan, result: TrainResult, last: dict[str, Any]) -> None:
+def _finish(
+    model: PreTrainedModel,
+    plan: Plan,
+    folder: RunFolder,
+    result: TrainResult,
+    last: dict[str, Any],
+    tensors: Tensors,
+    average: Tensors | None,
+) -> None:
+    """Save the student, the averaged one too if there is one, and record that the run is finished."""
+    with (
+        quiet(),
+        writing(
+            "the student could not be written", "run the same command again: what was trained is in the last checkpoint"
+        ),
+    ):
+        _save(model, plan, result, last, tensors, plan.config.out)
+        if average is not None:
+            _save(model, plan, result, last, average, plan.config.out / "ema")
+        kept = asdict(result)
+        del kept["out"], kept["already_done"]
+        folder.finish(kept)
+
+
+def _save(
+    model: PreTrainedModel, plan: Plan, result: TrainResult, last: dict[str, Any], tensors: Tensors, out: Path
+) -> None:
+    """A student's folder: weights (LoRA's factors added to them), tokenizer, card."""
     config = plan.config
-    with quiet():
-        model.save_pretrained(config.out)
+    if config.lora_rank is None:
+        model.save_pretrained(out, state_dict=tensors)
+    else:
+        fresh = load_model(plan.student, role="student", seed=config.seed)
+        merged(fresh, config, tensors, out / "adapter").save_pretrained(out)
     if plan.tokenizer is not None:
-        copy_tokenizer(plan.tokenizer, config.out)
+        copy_tokenizer(plan.tokenizer, out)
     origin = {}
     if plan.teacher is not None:
         origin["teacher"] = f"`{config.teacher}`"
@@ -191,7 +251,7 @@ def _save(model: PreTrainedModel, plan: Plan, result: TrainResult, last: dict[st
         "dtype",
     )
     card = model_card(
-        title=config.out.resolve().name,
+        title=out.resolve().name,
         settings={name: getattr(config, name) for name in shown},
         origin=origin,
         numbers={
@@ -201,4 +261,4 @@ def _save(model: PreTrainedModel, plan: Plan, result: TrainResult, last: dict[st
             "final KL term (nats)": last.get("kd"),
         },
     )
-    (config.out / "README.md").write_text(card, encoding="utf-8")
+    (out / "README.md").write_text(card, encoding="utf-8")

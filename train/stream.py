@@ -8,15 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, final
 
-import torch
-from torch.utils.data import DataLoader
-
 from stillroom.storage.cache import Cache
 from stillroom.storage.errors import InputError
-from stillroom.storage.remote.cache import RemoteCache
 from stillroom.storage.selection import Selection
 from stillroom.train.batch import Batch
-from stillroom.train.data import CacheDataset, OrderSampler, Source, as_is, order_of
+from stillroom.train.data import CacheDataset, OrderSampler, Source, loader_of, order_of
 
 
 @final
@@ -91,17 +87,7 @@ class Stream:
             start=self.position,
             follow=self.source.follow,
         )
-        remote = isinstance(self.source, CacheDataset) and isinstance(self.source.cache, RemoteCache)
-        loader: DataLoader[Batch] = DataLoader(
-            self.source,  # type: ignore[arg-type]  # __getitems__ is the loader's own protocol
-            batch_sampler=sampler,
-            collate_fn=as_is,  # type: ignore[arg-type]  # __getitems__ hands it one batch
-            num_workers=self.workers,
-            # Connections and their threads do not live through a fork.
-            multiprocessing_context="spawn" if remote and self.workers else None,
-            generator=torch.Generator(),  # the loader would otherwise draw a seed from the global one
-        )
-        for batch in loader:
+        for batch in loader_of(self.source, sampler, workers=self.workers):
             self.position += self.batch_size
             yield batch
 

@@ -146,7 +146,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(
     assert _metrics(cut.out)[-1]["loss"] == _metrics(whole.out)[-1]["loss"]
 
 
-@pytest.mark.parametrize("damage", ["truncated optimizer", "no marker", "no state"])
+@pytest.mark.parametrize("damage", ["truncated optimizer", "no marker", "no state", "flipped bit"])
 def test_a_broken_last_checkpoint_falls_back(
     settings: Settings, cache: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -161,13 +161,20 @@ def test_a_broken_last_checkpoint_falls_back(
     last = config.out / "checkpoint-6"
     if damage == "truncated optimizer":
         os.truncate(last / "optimizer.pt", 100)
+    elif damage == "flipped bit":
+        data = bytearray((last / "optimizer.pt").read_bytes())
+        data[len(data) // 2] ^= 1
+        (last / "optimizer.pt").write_bytes(data)
     else:
         (last / {"no marker": "complete.json", "no state": "trainer_state.json"}[damage]).unlink()
     steps: list[int] = []
     result = train_student(config, on_progress=lambda done, total, metrics: steps.append(done))
     assert steps[0] == 4
-    assert any("checkpoint-6 is incomplete" in n and "going on from checkpoint-3" in n for n in result.notes)
-    assert "checkpoint-6 is incomplete" in caplog.text
+    said = "checkpoint-6 is incomplete"
+    if damage == "flipped bit":
+        said = "checkpoint-6 is damaged (optimizer.pt is not what was written)"
+    assert any(said in n and "going on from checkpoint-3" in n for n in result.notes)
+    assert said in caplog.text
     whole = settings(cache=cache, steps=9, out=tmp_path / "whole")
     train_student(whole)
     assert _same(config.out, whole.out)
