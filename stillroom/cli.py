@@ -81,10 +81,14 @@ VERBS = {
         positional="cache",
     ),
     "import": Verb(
-        "stillroom.shelf:ImportConfig",
-        "stillroom.shelf:import_",
-        "Make a cache from an export, every value checked, bit for bit the one it was.",
-        "  stillroom import rows/ --out cache/",
+        "stillroom.importing:ImportConfig",
+        "stillroom.importing:import_",
+        "Make a cache from an export, bit for bit the one it was, or from what other tools wrote; every value checked.",
+        "  stillroom import rows/ --out cache/\n"
+        "  stillroom import captured/ --from distillkit --tokenizer teacher/ --teacher mine --out cache/\n"
+        "  stillroom import prepared/ --from axolotl --alignment next-token --tokenizer teacher/ --teacher mine --out cache/\n"
+        "  stillroom import rows.parquet --from topk --tokens-column input_ids --ids-column ids --logprobs-column logprobs \\\n"
+        "      --alignment this-token --tokenizer teacher/ --teacher mine --out cache/",
         positional="folder",
     ),
     "losses": Verb(

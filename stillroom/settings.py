@@ -86,6 +86,7 @@ def read_yaml(file: Path, model: type[BaseModel]) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise InputError(f"settings file {file} holds {type(values).__name__}, wanted `key: value` lines")
+    values = {f"{key}_" if f"{key}_" in model.model_fields else key: value for key, value in values.items()}
     for key in values:
         if key not in model.model_fields:
             raise InputError(unknown(str(key), list(model.model_fields), f"key in {file}"))
@@ -135,7 +136,7 @@ def _parser(model: type[BaseModel], prog: str, summary: str, examples: str, alon
     for name, field in model.model_fields.items():
         if name in alone:
             parser.add_argument(f"{name}_", metavar=name.upper(), nargs="?", help=field.description)
-        spellings = [_flag(name)] + ([f"--{name}"] if "_" in name else [])
+        spellings = [_flag(name)] + ([f"--{name}"] if "_" in name.rstrip("_") else [])
         default = "" if field.is_required() or field.default in (None, "") else f" [{field.default}]"
         parser.add_argument(
             *spellings, dest=name, metavar=_metavar(field), help=f"{field.description}{default}".replace("%", "%%")
@@ -198,7 +199,8 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    """The flag of a field; one that would be a word of Python's ends with `_` there."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def unknown(got: str, known: list[str], what: str) -> str:

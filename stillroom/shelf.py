@@ -11,7 +11,6 @@ from stillroom.console import Reporter, say, show_pairs
 from stillroom.storage.depot import path_or_url
 
 if TYPE_CHECKING:
-    from stillroom.storage.interchange.reading import ImportResult
     from stillroom.storage.interchange.writing import ExportResult
     from stillroom.storage.manifest import Profile
     from stillroom.storage.reencode import ReencodeResult
@@ -46,14 +45,6 @@ class ExportConfig(BaseModel):
     shards_per_file: int | None = Field(
         None, ge=1, description="shards of the cache in one data file (default: about 256 MB)"
     )
-
-
-class ImportConfig(BaseModel):
-    """Settings of `stillroom import`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    folder: Path = Field(description="what `stillroom export` wrote")
-    out: Path = Field(description="directory of the cache: new, or of the same cache to go on with it")
 
 
 def verify(config: VerifyConfig, as_json: bool) -> VerifyReport:
@@ -143,27 +134,4 @@ def _reencode(config: ExportConfig, profile: Profile, as_json: bool) -> Reencode
             ("bytes per row", f"{result.bytes_per_row:.2f} (was {result.source_bytes_per_row:.2f})"),
         ]
         show_pairs(f"cache {result.out} ({result.profile})", pairs)
-    return result
-
-
-def import_(config: ImportConfig, as_json: bool) -> ImportResult:
-    """`stillroom import`."""
-    from stillroom.storage.interchange.reading import import_cache
-
-    with Reporter() as report:
-        result = import_cache(config.folder, config.out, on_progress=lambda done, total: report("import", done, total))
-    made = result.shards - result.shards_before
-    if result.already_done:
-        say(f"cache {result.out} is complete ({result.shards} shards): nothing to do")
-    elif result.identical < made:
-        say(f"{made - result.identical} shards hold the same codes in other bytes: another version of the compressor")
-    if not as_json:
-        pairs = [
-            ("shards", f"{result.shards} ({result.shards_before} were there)"),
-            ("byte for byte the same", f"{result.identical} of {made}"),
-            ("sequences", f"{result.sequences:,}"),
-            ("rows", f"{result.rows:,}"),
-            ("seconds", f"{result.seconds:.1f}"),
-        ]
-        show_pairs(f"cache {result.out}", pairs)
     return result

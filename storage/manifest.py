@@ -18,6 +18,8 @@ FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 CONCAT: Final = "concat"
 DOCUMENTS: Final = "documents"
+SEPARATE: Final = "separate"
+IMPORTED: Final = "imported:"
 Profile = Literal["standard", "fast", "small"]
 Values = tuple[tuple[str, Any], ...]
 MAX_SEQ_LEN: Final = 1 << 17
@@ -26,13 +28,22 @@ MAX_SEQUENCES_PER_SHARD: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherInfo:
-    """The model whose distributions these are; `fingerprint` covers weights and config, `dtype` is its arithmetic."""
+    """The model whose distributions these are; `fingerprint` covers weights and config, `dtype` is its arithmetic.
+
+    Of targets that another tool computed neither is known: then `name` is what the user says, and `fingerprint` is "imported:"
+    and a hash of the files they came in, which no model has.
+    """
 
     name: str
     revision: str | None
     fingerprint: str
     vocab_size: int
     dtype: str
+
+    @property
+    def imported(self) -> bool:
+        """Whether the targets came from another tool, so that no model can be held against the fingerprint."""
+        return self.fingerprint.startswith(IMPORTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +69,8 @@ class PackingInfo:
     """How documents became sequences of `seq_len` rows and seq_len + 1 tokens.
 
     `concat` and `documents` both run them on, end to end; with `documents` positions and attention begin anew at every
-    document, and the shards say where that is.
+    document, and the shards say where that is. With `separate` every sequence stands by itself, filled up at its end with
+    rows that keep nothing.
     """
 
     policy: str = "concat"

@@ -1,0 +1,1 @@
+"""Caches of other tools, as far as their files say enough, to caches of ours: docs/interchange.md."""
