@@ -90,6 +90,8 @@ def settle_objective(config: TrainConfig, opened: Opened, vocab_size: int) -> tu
     own: dict[str, Any] = {name: getattr(config, name) for name in _OF_REQUEST}
     if config.loss == "tail_aware" and not live:
         own["head_logp"] = float(np.float32(-math.log(opened.caches[0].manifest.sampler.draws)))
+    if config.loss == "dkd" and not live and any(cache.manifest.teacher.imported for cache in opened.caches):
+        distribution(opened.caches, "label_logp")  # refuses rows that do not know it
     if config.loss == "atkd":
         if not opened.caches:
             raise InputError(
@@ -148,8 +150,19 @@ def _hardest(caches: Sequence[Cache], share: float) -> tuple[float, float]:
 
 
 def distribution(caches: Sequence[Cache], column: RowColumn) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Values of a column over all rows of all caches, ascending, and how many rows have each."""
-    found = [row_statistics(cache).distribution(column) for cache in caches]
+    """Values of a column over all rows of all caches, ascending, and how many rows have each.
+
+    Raises:
+        InputError: a row has none, as in a cache that was imported from another tool.
+    """
+    statistics = [row_statistics(cache) for cache in caches]
+    lacking = sum(int((found.entropy_C if column == "entropy" else found.label_logp_C)[-1]) for found in statistics)
+    if lacking:
+        raise InputError(
+            f"{lacking:,} of {sum(found.rows for found in statistics):,} rows of the cache have no {column}, which what was "
+            "asked for needs of every row (an import knows as much as its files do): choose another loss or row weight"
+        )
+    found = [one.distribution(column) for one in statistics]
     values, of = np.unique(np.concatenate([value_C for value_C, _ in found]), return_inverse=True)
     counts = np.bincount(of, np.concatenate([count_C for _, count_C in found]), len(values))
     return values, counts.astype(np.int64)

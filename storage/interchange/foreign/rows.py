@@ -77,7 +77,7 @@ def settle(came: Came, rules: Rules, found: Found) -> SparseTargets:
     row_E = np.repeat(row_M, came.n_M)[kept_E]
     ids_E, logp_E = came.ids_E[kept_E], came.logp_E[kept_E]
     rows = int((came.tokens_B - 1).sum())
-    mass_R: FloatE = np.bincount(row_E, np.exp(logp_E), rows)
+    mass_R = np.bincount(row_E, np.exp(logp_E), rows).astype(np.float64)
     _check_mass(came, rules, row_M, mass_R)
     n_R = np.bincount(row_E, minlength=rows)
     found.zeros += int((came.logp_E == -math.inf).sum())

@@ -38,7 +38,7 @@ class TopK:
         sequence: column that names the sequence a token belongs to, where a row is one token; None: a row is a sequence.
 
     Raises:
-        InputError: logits without a normaliser, or one without logits.
+        InputError: one column for two purposes, logits without a normaliser, or one without logits.
     """
 
     tokens: str
@@ -49,6 +49,10 @@ class TopK:
     sequence: str | None = None
 
     def __post_init__(self) -> None:
+        names = [self.tokens, self.ids, self.values_column, self.normaliser, self.sequence]
+        given = [name for name in names if name is not None]
+        if len(set(given)) != len(given):
+            raise InputError(f"the columns came as {', '.join(given)}, wanted another one for each: name them apart")
         if self.values == "logit" and self.normaliser is None:
             raise InputError(
                 "logits came without their normaliser, and the top few do not tell how much of the teacher's mass they hold: "
