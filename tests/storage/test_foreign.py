@@ -273,6 +273,12 @@ def test_lengths_and_files_that_do_not_fit(data: Data, tmp_path: Path) -> None:
     whole = source.read_bytes()
     (tmp_path / "f.parquet").write_bytes(whole[: len(whole) // 2])
     said("can not be read", tmp_path / "f.parquet")
+    with pa.ipc.new_file(str(tmp_path / "wild.arrow"), pa.table(data).schema) as writer:
+        writer.write_table(pa.table(data))
+    wild, offset = bytearray((tmp_path / "wild.arrow").read_bytes()), np.array([0, 12, 16], "<i4").tobytes()
+    wild[wild.index(offset) + 7] ^= 0x20  # far beyond the file: Arrow itself would follow it
+    (tmp_path / "wild.arrow").write_bytes(wild)
+    said("can not be read", tmp_path / "wild.arrow")
     (tmp_path / "g.jsonl").write_text('{"input_ids": [1, 2], "ids": [[1]], "logprobs": [["a"]]}\n')
     said("line 1: 'logprobs' does not read as", tmp_path / "g.jsonl")
     (tmp_path / "h").mkdir()

@@ -155,7 +155,11 @@ class Compression:
         return total + sum(WIDTH_BYTES[item.scale_dtype] + item.packed_bytes for item in self.residual_bins)
 
     def values(self, packed_MB: Bytes) -> FloatMK:
-        """Log-probabilities of lists, `[M, k]` nats, from their bytes, `[M, value_bytes]`."""
+        """Log-probabilities of lists, `[M, k]` nats, from their bytes, `[M, value_bytes]`; of wild bytes, perhaps NaN."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._values(packed_MB)
+
+    def _values(self, packed_MB: Bytes) -> FloatMK:
         taken = _Taker(packed_MB)
         exact_MK = taken.floats(self.exact_dtype, self.exact_k)
         rest = self.k - self.exact_k
@@ -179,14 +183,13 @@ class Compression:
         t_K = rounded(
             np.linspace(0, 1, rest) if self.normalize_t else np.arange(rest, dtype=np.float64), self.term_dtype
         )
-        with np.errstate(over="ignore", invalid="ignore"):
-            powers = [
-                t_K**term if isinstance(term, int) else np.sqrt(t_K) if term == "sqrt" else np.exp(t_K)
-                for term in self.polynomial_terms
-            ]
-            basis_KC = rounded(np.stack(powers, axis=1), self.term_dtype)
-            product_MKC = rounded(basis_KC * coefficient_MC[:, None, :], self.term_dtype)
-            return rounded(product_MKC.sum(-1), self.term_dtype)
+        powers = [
+            t_K**term if isinstance(term, int) else np.sqrt(t_K) if term == "sqrt" else np.exp(t_K)
+            for term in self.polynomial_terms
+        ]
+        basis_KC = rounded(np.stack(powers, axis=1), self.term_dtype)
+        product_MKC = rounded(basis_KC * coefficient_MC[:, None, :], self.term_dtype)
+        return rounded(product_MKC.sum(-1), self.term_dtype)
 
 
 _BIN_KEYS: Final = {"scale_dtype", "element_bits", "num_elements"}

@@ -20,8 +20,8 @@ from stillroom.storage.errors import InputError, StillroomError
 
 SUFFIXES: Final = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 Columns = dict[str, pa.Array]
-_VALUES: Final = 1 << 21  # of the longest column, in one batch
-_BYTES: Final = 1 << 25
+_BYTES: Final = 1 << 24  # unfolded, in one batch
+_BUFFER: Final = 1 << 20
 _LINE_BYTES: Final = 1 << 28
 _MOST_ROWS: Final = 4096
 
@@ -104,25 +104,30 @@ def read_columns(path: Path, wanted: Mapping[str, pa.DataType]) -> Iterator[Colu
         if kind == "jsonl":
             yield from _json_columns(path, wanted)
         elif kind == "parquet":
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            # Buffered ahead, it would hold every row group it has read; with a buffer size it reads a column piece by piece.
+            with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True) as file:
                 for batch in file.iter_batches(batch_size=_step(file.metadata), columns=list(wanted)):
                     yield _cast(path, batch, wanted)
         else:
             with pa.memory_map(str(path)) as source:
-                for batch in _ipc_batches(source):
+                for whole in _ipc_batches(source):
+                    batch = whole.select(list(wanted))
+                    batch.validate(full=True)  # first: even its size is read off offsets that may be wild
                     step = max(1, min(_MOST_ROWS, _BYTES * batch.num_rows // max(batch.nbytes, 1)))
                     for start in range(0, batch.num_rows, step):
                         yield _cast(path, batch.slice(start, step), wanted)
 
 
 def _step(metadata: pq.FileMetaData) -> int:
-    """Rows of a Parquet file in one batch, so that no column has too many values."""
+    """Rows of a Parquet file in one batch, so that a batch does not get large.
+
+    (Only figures of row groups: where those of a column are damaged, asking for them ends the process.)
+    """
     most = 1
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        for index in range(group.num_columns):
-            most = max(most, group.column(index).num_values // max(group.num_rows, 1))
-    return max(1, min(_MOST_ROWS, _VALUES // most))
+        most = max(most, group.total_byte_size // max(group.num_rows, 1))
+    return max(1, min(_MOST_ROWS, _BYTES // most))
 
 
 def _opened(source: Any) -> Any:

@@ -18,6 +18,7 @@ from stillroom.storage.spec import MAX_DRAWS
 from stillroom.storage.targets import SparseTargets
 
 ROUNDED: Final = 1e-6  # a sum this far above 1 is float32's own
+LEAST_LOGP: Final = -103.0  # below it float32 has 0 for the probability
 SHIFTS: Final = (-1, 0, 1)
 
 IntE = npt.NDArray[np.int64]
@@ -73,14 +74,14 @@ def settle(came: Came, rules: Rules, found: Found) -> SparseTargets:
     _check_tokens(came, rules)
     row_M = _rows_of_lists(came, rules, found)
     _check_entries(came, rules)
-    kept_E = np.repeat(row_M >= 0, came.n_M) & (came.logp_E > -math.inf)
+    kept_E = np.repeat(row_M >= 0, came.n_M) & (came.logp_E >= LEAST_LOGP)
     row_E = np.repeat(row_M, came.n_M)[kept_E]
     ids_E, logp_E = came.ids_E[kept_E], came.logp_E[kept_E]
     rows = int((came.tokens_B - 1).sum())
     mass_R = np.bincount(row_E, np.exp(logp_E), rows).astype(np.float64)
     _check_mass(came, rules, row_M, mass_R)
     n_R = np.bincount(row_E, minlength=rows)
-    found.zeros += int((came.logp_E == -math.inf).sum())
+    found.zeros += int((came.logp_E < LEAST_LOGP).sum())
     found.mass += float(mass_R.sum())
     found.most_mass = max(found.most_mass, float(mass_R.max(initial=0.0)))
     found.scaled += int((mass_R > 1 + ROUNDED).sum())

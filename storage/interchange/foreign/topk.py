@@ -162,7 +162,8 @@ class TopK:
         if self.values == "probability":
             with np.errstate(divide="ignore", invalid="ignore"):
                 return np.log(value_E)
-        return value_E * _PER_NAT[self.values]
+        with np.errstate(invalid="ignore"):
+            return value_E * _PER_NAT[self.values]
 
 
 def _joined(left: Came, right: Came, *, as_one: bool) -> Came:
