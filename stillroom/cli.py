@@ -108,11 +108,12 @@ VERBS = {
         "  torchrun --nproc-per-node 8 -m stillroom train --cache cache/ --student config.json --out student/ --parallel fsdp",
     ),
     "evaluate": Verb(
-        "stillroom.commands:EvaluateConfig",
-        "stillroom.commands:evaluate",
-        "Measure a student on held-out text: loss, KL to the teacher, agreement, calibration, acceptance.",
+        "stillroom.evaluating:EvaluateConfig",
+        "stillroom.evaluating:evaluate",
+        "Measure a student on held-out text: loss, KL to the teacher, agreement, calibration, acceptance; lm-eval tasks.",
         "  stillroom evaluate --student student/ --teacher teacher/ --data heldout.jsonl --seq-len 256\n"
-        "  stillroom evaluate --student student/ --cache heldout-cache/",
+        "  stillroom evaluate --student student/ --cache heldout-cache/ --views --frequency-cache cache/\n"
+        "  stillroom evaluate --student student/ --tasks hellaswag,arc_easy --json",
     ),
     "compare": Verb(
         "stillroom.comparing.config:CompareConfig",

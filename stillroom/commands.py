@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from stillroom.console import Reporter, say, show_pairs, show_table
-from stillroom.storage.errors import InputError
 
 if TYPE_CHECKING:
     from stillroom.demo import DemoResult
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from stillroom.storage.cache import Cache
     from stillroom.storage.progress import Seen
     from stillroom.train.config import TrainConfig
-    from stillroom.train.evaluate import Evaluation
     from stillroom.train.run import TrainResult
 
 
@@ -35,23 +33,6 @@ class InspectConfig(BaseModel):
         description="follow a run instead, on however many machines: shards, rows/s, time left, every so many seconds (alone: 5)",
         json_schema_extra={"alone": 5},
     )
-
-
-class EvaluateConfig(BaseModel):
-    """Settings of `stillroom evaluate`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    student: str = Field(description="folder or hub id of the student")
-    teacher: str | None = Field(None, description="folder or hub id of the teacher (for KL, agreement, acceptance)")
-    data: str | None = Field(
-        None, description="held-out text: file, folder or `datasets` name, cut by the student's tokenizer"
-    )
-    cache: str | None = Field(None, description="take the token ids of this cache (directory or URL) instead of text")
-    text_column: str = Field("text", description="column or JSON key that holds the text")
-    split: str = Field("train", description="split of a `datasets` dataset")
-    seq_len: int = Field(1024, ge=2, description="rows per sequence of --data")
-    max_sequences: int = Field(256, ge=1, description="evaluate at most so many sequences")
-    batch_size: int = Field(8, ge=1, description="sequences per forward")
 
 
 class DemoConfig(BaseModel):
@@ -165,23 +146,6 @@ def train(config: TrainConfig, as_json: bool) -> TrainResult | None:
     return result
 
 
-def evaluate(config: EvaluateConfig, as_json: bool) -> Evaluation:
-    """`stillroom evaluate`."""
-    from stillroom.train.evaluate import evaluate as measure
-
-    with Reporter() as report:
-        result = measure(
-            config.student,
-            **_held_out(config),
-            teacher=config.teacher,
-            batch_size=config.batch_size,
-            on_progress=lambda done, total: report("evaluate", done, total),
-        )
-    if not as_json:
-        show_pairs(f"student {config.student}", _evaluation(result))
-    return result
-
-
 def demo(config: DemoConfig, as_json: bool) -> DemoResult:
     """`stillroom demo`."""
     from stillroom.demo import run_demo
@@ -233,40 +197,6 @@ def _inspection(opened: Cache, sample: int) -> Inspection:
         kept_mass=float(np.mean(kept)) if kept else None,
         manifest=opened.manifest.to_json(),
     )
-
-
-def _evaluation(result: Evaluation) -> list[tuple[str, str]]:
-    """Figures, and beside those that are not exact or not of all rows what they are."""
-    figures = asdict(result)
-    sampled, top1_rows = figures.pop("sampled"), figures.pop("top1_rows")
-    remarks = dict.fromkeys(sampled, " (estimated from sampled targets)")
-    if top1_rows is not None:
-        remarks["top1_agreement"] = f" (of {top1_rows:,} rows whose first choice the cache keeps)"
-    return [(k, _number(v) + remarks.get(k, "")) for k, v in figures.items() if v is not None]
-
-
-def _held_out(config: EvaluateConfig) -> dict[str, Any]:
-    """What to evaluate on, as arguments."""
-    if (config.data is None) == (config.cache is None):
-        raise InputError("evaluate needs held-out rows: give --data TEXT or --cache DIR, one of them")
-    if config.cache is not None:
-        from stillroom.storage.cache import open_cache
-
-        opened = open_cache(config.cache)
-        return {"cache": opened, "rows": config.max_sequences * opened.manifest.packing.seq_len}
-    assert config.data is not None
-    from stillroom.pipeline.config import CorpusConfig
-    from stillroom.pipeline.packing import pack
-    from stillroom.pipeline.teacher import load_tokenizer
-
-    corpus = CorpusConfig(
-        data=config.data,
-        text_column=config.text_column,
-        split=config.split,
-        seq_len=config.seq_len,
-        max_sequences=config.max_sequences,
-    )
-    return {"tokens_SL1": pack(corpus, load_tokenizer(config.student)).tokens_SL1}
 
 
 def _note(metrics: dict[str, Any]) -> str:

@@ -1,28 +1,27 @@
 """Held-out measures of a student, beside its teacher if given, or beside what a cache keeps of it; one pass.
 
-Shapes: `S` sequences, `B` of a batch, `L` positions, `N` rows of a chunk, `V` vocabulary both models have.
+Shapes: `S` sequences, `B` of a batch, `L` positions, `V` vocabulary both models have.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
+from transformers.utils import cached_file
 
-from stillroom.kernels.targets import SparseTargets
 from stillroom.storage.cache import Cache
 from stillroom.storage.errors import InputError
 from stillroom.storage.manifest import DOCUMENTS
-from stillroom.train.batch import Batch
 from stillroom.train.data import CacheDataset, TokenDataset
-from stillroom.train.figures import Counter, Rows, ShelfCounter, StudentCounter, TeacherCounter
+from stillroom.train.figures import Measure, OfShelf, OfStudent, OfTeacher
+from stillroom.train.held_out import add_batch
 from stillroom.train.student import (
     ModelInfo,
     check_documents,
@@ -33,8 +32,21 @@ from stillroom.train.student import (
     load_model,
 )
 from stillroom.train.targets import LiveTeacher
+from stillroom.train.token_bytes import bits_per_byte, token_bytes
+from stillroom.train.views import (
+    Bin,
+    Group,
+    Sums,
+    by_confidence,
+    by_label,
+    by_position,
+    calibration_error,
+    frequency_groups,
+    position_groups,
+    reliability,
+)
 
-CHUNK_ELEMENTS: Final = 1 << 22  # logits in work at a time
+COUNTED_TOKENS: Final = 10_000_000  # of a cache, for the frequency of tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +62,15 @@ class Evaluation:
         top1_agreement: share of rows where both rank the same token first.
         acceptance: mean of sum_v min(p_v, q_v): how often speculative decoding would take the student's token.
         teacher_lm_loss: the teacher's own cross-entropy with the text.
-        top1_rows: rows that `top1_agreement` is a mean over, where these are not all but those whose first choice the cache
-            keeps.
+        top1_rows: rows that `top1_agreement` is a mean over, where these are not all but those whose first choice the cache is
+            known to keep.
         sampled: the fields above that are estimates from a cache's sampled targets, not exact.
+        bits_per_byte: of the text, where the tokenizer's tokens spell it (`token_bytes`).
+        reliability: the curve whose gaps `ece` sums.
+        by_frequency: by how often the label occurs, about a tenth of the rows each.
+        by_position: by the row's position, in its document where the packing tells documents apart; powers of two.
+        counted_tokens: how many tokens these occurrences are of: the evaluated labels, or a cache's.
+        tasks: figures of lm-eval tasks, by task, where any were asked for.
     """
 
     rows: int
@@ -65,6 +83,12 @@ class Evaluation:
     teacher_lm_loss: float | None = None
     top1_rows: int | None = None
     sampled: tuple[str, ...] = ()
+    bits_per_byte: float | None = None
+    reliability: tuple[Bin, ...] = ()
+    by_frequency: tuple[Group, ...] = ()
+    by_position: tuple[Group, ...] = ()
+    counted_tokens: int = 0
+    tasks: dict[str, dict[str, float]] | None = None
 
 
 def evaluate(
@@ -75,12 +99,13 @@ def evaluate(
     teacher: str | Path | None = None,
     rows: int | None = None,
     batch_size: int = 8,
+    frequency_cache: Cache | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Measure a student on token sequences, or on sequences of a cache, that it has not been trained on.
 
     A cache gives what training would read of it: models get the positions they were to get, rows outside the loss mask do not
-    count. Without a live teacher its targets stand in for one (`ShelfCounter` says how well).
+    count. Without a live teacher its targets stand in for one (`OfShelf` says how well).
 
     Where the two vocabularies differ in width, which is padding, the distributions are compared on the common range; with a
     cache, on its vocabulary.
@@ -92,6 +117,8 @@ def evaluate(
         teacher: folder or hub id; without it and without a cache the figures of the teacher are None.
         rows: take the first so many rows, rounded up to whole sequences.
         batch_size: sequences per forward; changes speed only.
+        frequency_cache: count how often tokens occur in this cache, the student's training cache say, and not in what is
+            evaluated; of a large one in 10 M tokens spread evenly.
         on_progress: told (sequences done, sequences in all).
 
     Raises:
@@ -119,53 +146,75 @@ def evaluate(
         if cache is not None and cache.manifest.packing.policy == DOCUMENTS:
             check_documents(model, found, role=role)
         loaded.append(LiveTeacher(model, vocab_size))
-    student_counter = StudentCounter()
-    counters: list[Counter] = [student_counter]
+    measures: list[Measure] = [OfStudent()]
+    sampled: tuple[str, ...] = ()
     if teacher is not None:
-        counters.append(TeacherCounter())
+        measures.append(OfTeacher())
     elif cache is not None:
-        counters.append(ShelfCounter(cache.manifest.sampler))
+        measures.append(shelf := OfShelf(cache.manifest.sampler))
+        sampled = shelf.sampled
+    count_V = None if frequency_cache is None else _occurrences(frequency_cache, models["student"], vocab_size)
+    names = [name for measure in measures for name in measure.names]
+    sums = [Sums(names, g, device) for g in (by_label(vocab_size), by_position(source.seq_len), by_confidence())]
     for start in range(0, sequences, batch_size):
         stop = min(start + batch_size, sequences)
-        batch = source.__getitems__(list(range(start, stop))).to(device)
-        for chunk in _rows_of(batch, [model.logits(batch) for model in loaded], _chunk_rows(vocab_size)):
-            for counter in counters:
-                counter.add(chunk)
+        add_batch(source.__getitems__(list(range(start, stop))).to(device), start, loaded, measures, sums)
         on_progress(stop, sequences)
-    if not student_counter.rows:
+    at_label, at_position, at_confidence = sums
+    total, rows_V = at_label.totals(), at_label.rows_G.cpu().numpy()
+    if not rows_V.any():
         raise InputError(
             f"no row of the first {sequences} sequences has a target, so there is nothing to measure: take more"
         )
-    return Evaluation(**{name: value for counter in counters for name, value in counter.figures().items()})
-
-
-def _rows_of(batch: Batch, logits: list[torch.Tensor], chunk_rows: int) -> Iterator[Rows]:
-    """The rows of a batch that count, a chunk at a time; `logits` of the student, then of the teacher if there is one."""
-    label_N, mask_N = batch.labels_BL.flatten(), batch.mask_BL.flatten()
-    for start in range(0, len(label_N), chunk_rows):
-        part = slice(start, start + chunk_rows)
-        counts_N = mask_N[part]
-        if not counts_N.any():
-            continue
-        student_NV, *teacher_NV = (x[part] if counts_N.all() else x[part][counts_N] for x in logits)
-        logq_NV = functional.log_softmax(student_NV, dim=-1, dtype=torch.float32)
-        targets = None if batch.targets is None else _targets_of(batch.targets, start, counts_N)
-        yield Rows(label_N[part][counts_N], logq_NV, logq_NV.argmax(-1), next(iter(teacher_NV), None), targets)
-
-
-def _targets_of(targets: SparseTargets, start: int, counts_N: torch.Tensor) -> SparseTargets:
-    """Rows from `start` on, those that count; the others have no entries."""
-    stop = start + len(counts_N)
-    first, last = int(targets.offsets[start]), int(targets.offsets[stop])
-    sizes_N = targets.offsets[start : stop + 1].diff()[counts_N]
-    return SparseTargets(
-        functional.pad(sizes_N.cumsum(0), (1, 0)),
-        targets.ids[first:last],
-        targets.weights[first:last],
-        targets.label_logp[start:stop][counts_N],
-        targets.entropy[start:stop][counts_N],
-        None if targets.logp is None else targets.logp[first:last],
+    figures: dict[str, Any] = total.figures(0)
+    curve = reliability(at_confidence.totals(np.arange(len(at_confidence.rows_G)), len(at_confidence.rows_G)))
+    spelt = _tokenizer_json(models["student"], cache)
+    count_V = rows_V.astype(np.int64) if count_V is None else count_V
+    return Evaluation(
+        **figures,
+        perplexity=math.exp(min(figures["lm_loss"], 700.0)),
+        ece=calibration_error(curve),
+        sampled=tuple(name for name in sampled if name in figures),
+        bits_per_byte=bits_per_byte(figures["lm_loss"], rows_V, None if spelt is None else token_bytes(spelt)),
+        reliability=curve,
+        by_frequency=frequency_groups(at_label, count_V),
+        by_position=position_groups(at_position),
+        counted_tokens=int(count_V.sum()),
     )
+
+
+def _occurrences(cache: Cache, student: ModelInfo, vocab_size: int) -> npt.NDArray[np.int64]:
+    """How often each id is a label in a cache, `[V]`."""
+    at_cache = find_tokenizer(cache.path / "tokenizer")
+    check_tokenizers(find_tokenizer(Path(student.name)), at_cache, roles=("student", "frequency cache"))
+    many = min(len(cache), max(1, COUNTED_TOKENS // cache.manifest.packing.seq_len))
+    index_S = np.unique(np.linspace(0, len(cache) - 1, many).astype(np.int64))
+    count_V = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(index_S), 64):
+        labels = cache.read(index_S[start : start + 64].tolist()).tokens[:, 1:]
+        found = np.bincount(labels.ravel(), minlength=vocab_size)
+        if len(found) > vocab_size:
+            raise InputError(
+                f"frequency cache {cache.path} holds the token id {len(found) - 1}, wanted ids below {vocab_size}, the "
+                "vocabulary that is evaluated: give a cache of the student's tokenizer"
+            )
+        count_V += found
+    return count_V
+
+
+def _tokenizer_json(student: ModelInfo, cache: Cache | None) -> Path | None:
+    """The file that says what the ids spell, if there is one: the student's, the cache's, or the hub's of the student."""
+    folder = find_tokenizer(Path(student.name), None if cache is None else cache.path / "tokenizer")
+    if folder is not None:
+        file = folder / "tokenizer.json"
+        return file if file.is_file() else None
+    if Path(student.name).exists():
+        return None
+    found = cached_file(
+        student.name, "tokenizer.json",
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return None if found is None else Path(found)
 
 
 def _check_tokenizers(models: dict[str, ModelInfo], cache: Cache | None) -> None:
@@ -204,7 +253,3 @@ def _find(name: str, role: str, seq_len: int) -> ModelInfo:
         raise InputError(f"{role} {name} has a configuration but no weights: give a trained model")
     check_length(model, seq_len, role=role)
     return model
-
-
-def _chunk_rows(vocab_size: int) -> int:
-    return max(1, CHUNK_ELEMENTS // vocab_size)

@@ -231,6 +231,8 @@ def test_evaluate_gives_both_models_the_positions(
     assert beside["teacher_lm_loss"] == beside["lm_loss"] == pytest.approx(alone["lm_loss"])
     assert (beside["top1_agreement"], alone["top1_agreement"]) == (1, 1)
     assert beside["kl"] == pytest.approx(0, abs=1e-6)
+    position_N = positions_of(cache.starts(range(len(cache)))).ravel()[kept_N]
+    assert [g["rows"] for g in alone["by_position"]] == np.bincount(np.frexp(position_N)[1]).tolist()
     monkeypatch.setattr(
         "stillroom.train.data.positions_of", lambda starts: np.broadcast_to(np.arange(24), (len(starts), 24)).copy()
     )

@@ -13,9 +13,9 @@ import torch
 import stillroom
 from stillroom.storage.codes import ENTROPY_STEP, LABEL_LOGP_STEP
 from stillroom.storage.errors import InputError
-from stillroom.train import evaluate as module
+from stillroom.train import held_out as module
 from stillroom.train.evaluate import evaluate
-from stillroom.train.figures import calibration_error
+from stillroom.train.views import Bin, calibration_error
 
 
 def _probabilities(folder: Path, tokens_SL1: npt.NDArray[np.uint32], width: int) -> npt.NDArray[np.float64]:
@@ -81,7 +81,8 @@ def test_a_model_agrees_with_itself(teacher: Path, tokens_SL1: npt.NDArray[np.ui
 
 def test_calibration_error_by_hand() -> None:
     """Ten rows at 0.9 of which 6 hit, thirty at 0.2 of which 9 hit: (10 * 0.3 + 30 * 0.1) / 40."""
-    assert calibration_error(np.array([[10.0, 30.0, 0.0], [9.0, 6.0, 0.0], [6.0, 9.0, 0.0]])) == pytest.approx(0.15)
+    bins = [Bin(0.8, 0.9, 10, 0.9, 0.6), Bin(0.1, 0.2, 30, 0.2, 0.3), Bin(0.9, 1.0, 0, None, None)]
+    assert calibration_error(bins) == pytest.approx(0.15)
 
 
 def test_what_cannot_be_evaluated(
@@ -190,7 +191,8 @@ def test_what_a_partial_cache_can_say(make_cache: Callable[..., Path], near: Pat
     cache = stillroom.open_cache(make_cache(kind="top_k", hole=True))
     found, exact = evaluate(near, cache=cache), evaluate(near, cache=cache, teacher=teacher)
     assert (found.kl, found.acceptance, found.sampled) == (None, None, ())
-    assert found.rows == found.top1_rows == exact.rows == len(cache) * 16 - 1  # the hole does not count
+    assert found.rows == exact.rows == len(cache) * 16 - 1  # the hole does not count
+    assert found.top1_rows is None
     assert found.top1_agreement == exact.top1_agreement
     bare = evaluate(near, cache=stillroom.open_cache(cache.path, columns=("tokens",)), rows=20)
     assert (bare.teacher_lm_loss, bare.top1_agreement is None, bare.rows) == (None, False, 31)
