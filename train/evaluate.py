@@ -62,8 +62,8 @@ class Evaluation:
         top1_agreement: share of rows where both rank the same token first.
         acceptance: mean of sum_v min(p_v, q_v): how often speculative decoding would take the student's token.
         teacher_lm_loss: the teacher's own cross-entropy with the text.
-        top1_rows: rows that `top1_agreement` is a mean over, where these are not all but those whose first choice the cache is
-            known to keep.
+        top1_rows: rows that `top1_agreement` is a mean over, where these are not all but those whose first choice the cache
+            keeps.
         sampled: the fields above that are estimates from a cache's sampled targets, not exact.
         bits_per_byte: of the text, where the tokenizer's tokens spell it (`token_bytes`).
         reliability: the curve whose gaps `ece` sums.
@@ -167,6 +167,8 @@ def evaluate(
             f"no row of the first {sequences} sequences has a target, so there is nothing to measure: take more"
         )
     figures: dict[str, Any] = total.figures(0)
+    if teacher is None and "top1_agreement" in figures:
+        figures.setdefault("top1_rows", figures["rows"])
     curve = reliability(at_confidence.totals(np.arange(len(at_confidence.rows_G)), len(at_confidence.rows_G)))
     spelt = _tokenizer_json(models["student"], cache)
     count_V = rows_V.astype(np.int64) if count_V is None else count_V
