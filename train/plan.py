@@ -167,10 +167,11 @@ def _check_parts(config: TrainConfig) -> None:
 def _check_vocabulary(
     student: ModelInfo, teacher: ModelInfo | None, cache: Cache | None, tokens_SL1: npt.NDArray[np.integer] | None
 ) -> int:
-    if teacher is not None and cache is not None and teacher.vocab_size != cache.manifest.teacher.vocab_size:
+    # The manifest tells the ids its teacher was asked about (`--vocab-size`), not how far its logits are padded.
+    if teacher is not None and cache is not None and teacher.vocab_size < cache.manifest.vocab_size:
         raise InputError(
-            f"teacher {teacher.name} has a vocabulary of {teacher.vocab_size}, that of the cache's teacher has "
-            f"{cache.manifest.teacher.vocab_size}: give the teacher the cache was made with"
+            f"teacher {teacher.name} has a vocabulary of {teacher.vocab_size}, the cache's is {cache.manifest.vocab_size}: give "
+            "the teacher the cache was made with"
         )
     asked = [m for m in (None if cache is None else cache.manifest.vocab_size, teacher and teacher.vocab_size) if m]
     vocab_size = asked[0] if asked else student.vocab_size

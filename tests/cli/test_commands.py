@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from stillroom.cli import main
+from stillroom.storage.cache import open_cache
+from tests.conftest import llama_config, make_tokenizer
 
 CACHE = ["cache", "--seq-len", "16", "--max-sequences", "6", "--sequences-per-shard", "4"]
 
@@ -103,6 +108,37 @@ def test_whole_way_through_the_commands(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "300", done.stderr
+
+
+def test_a_padded_teacher_beside_its_cache(text_file: Path, student_config: Path, tmp_path: Path) -> None:
+    """A cache of 300 of the 320 columns its teacher has: the same teacher, live, is the right one, and 300 are compared."""
+    teacher = make_tokenizer(tmp_path / "teacher")
+    torch.manual_seed(0)
+    wide = LlamaForCausalLM(llama_config(320)).eval()
+    wide.save_pretrained(teacher)
+    making = [
+        "--data",
+        text_file,
+        "--seq-len",
+        "16",
+        "--max-sequences",
+        "8",
+        "--vocab-size",
+        "300",
+        "--out",
+        tmp_path / "c",
+    ]
+    assert run("cache", "--teacher", teacher, *making) == 0
+    training = ["train", "--cache", tmp_path / "c", "--student", student_config, "--steps", "1", "--batch-size", "8"]
+    assert run(*training, "--teacher", teacher, "--dtype", "float32", "--out", tmp_path / "live") == 0
+    found = json.loads((tmp_path / "live" / "metrics.jsonl").read_text())["kd"]
+
+    torch.manual_seed(0)
+    untrained = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student_config)).eval()
+    tokens_BL = torch.from_numpy(open_cache(tmp_path / "c").read(range(8)).tokens[:, :-1].astype(np.int64))
+    with torch.no_grad():
+        logp, logq = (m(input_ids=tokens_BL).logits[..., :300].double().log_softmax(-1) for m in (wide, untrained))
+    assert found == pytest.approx(float((logp.exp() * (logp - logq)).sum(-1).mean()), rel=1e-4)
 
 
 def test_unknown_words(capsys: pytest.CaptureFixture[str]) -> None:

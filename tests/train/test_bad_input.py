@@ -87,8 +87,8 @@ def test_damaged_weights_are_refused(refused: Refused, cache: Path, save_model: 
 def test_teachers_that_do_not_fit(
     refused: Refused, cache: Path, student: Path, save_model: Maker, tokens_SL1: npt.NDArray[np.uint32], tmp_path: Path
 ) -> None:
-    other = save_model(tmp_path / "other", vocab_size=112)
-    refused("has a vocabulary of 112, that of the cache's teacher has 97", cache=cache, teacher=str(other))
+    other, narrow = save_model(tmp_path / "other", vocab_size=112), save_model(tmp_path / "narrow", vocab_size=96)
+    refused("teacher .* has a vocabulary of 96, the cache's is 97", cache=cache, teacher=str(narrow))
     refused(
         "student .* has a vocabulary of 97, the teacher's is 112",
         tokens_SL1=tokens_SL1,
