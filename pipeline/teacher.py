@@ -9,6 +9,7 @@ hidden size, `X` = D, or the model's own width of logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -128,6 +129,25 @@ class Teacher:
                 f"teacher {self.name} ({self._model.config.model_type}) does not read packed documents apart ({wrong}): use "
                 "--attn-implementation sdpa, or --packing concat"
             )
+
+    @contextmanager
+    def other_attention(self) -> Iterator[None]:
+        """Attention computed another way meanwhile, where the model knows one: the same teacher but for its last bits."""
+        inner = self._model
+        used = getattr(inner.config, "_attn_implementation", None)
+        other = {"sdpa": "eager", "eager": "sdpa"}.get(str(used))
+        if other is None or not hasattr(inner, "set_attn_implementation"):
+            yield
+            return
+        try:
+            inner.set_attn_implementation(other)
+        except (ValueError, ImportError):  # a model that has one way only
+            other = None
+        try:
+            yield
+        finally:
+            if other is not None:
+                inner.set_attn_implementation(used)
 
     @torch.inference_mode()
     def head(self, states_NX: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
