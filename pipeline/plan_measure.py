@@ -149,7 +149,7 @@ def measure(config: PlanConfig, on_progress: Progress) -> Measurement:
     count = manifest.sequences * seq_len
     shard_bytes = weight.per_shard / (config.sequences_per_shard * seq_len)
     bytes_per_row = mean_of(weight.sequences / seq_len + shard_bytes)
-    noise = _noise(rows, manifest, bytes_per_row.value)
+    noise = noise_lines(rows, manifest, bytes_per_row.value)
     return Measurement(
         manifest=manifest,
         sequences=manifest.sequences,
@@ -164,7 +164,7 @@ def measure(config: PlanConfig, on_progress: Progress) -> Measurement:
         rows_per_s=count / seconds,
         rows_with_targets=1.0 if corpus.mask_SL is None else float(corpus.mask_SL.mean()),
         noise=noise,
-        top_k=None if manifest.sampler.kind in ("top_k", "top_p") else _top_k(rows, manifest),
+        top_k=None if manifest.sampler.kind in ("top_k", "top_p") else top_k_line(rows, manifest),
     )
 
 
@@ -172,7 +172,8 @@ def _by_array(weight: Weight, seq_len: int, shard_bytes: float) -> dict[str, flo
     return {name: float(size_S.mean()) / seq_len for name, size_S in weight.by_array.items()} | {"shard": shard_bytes}
 
 
-def _noise(rows: Probe, manifest: Manifest, bytes_per_row: float) -> tuple[NoiseLine, ...]:
+def noise_lines(rows: Probe, manifest: Manifest, bytes_per_row: float) -> tuple[NoiseLine, ...]:
+    """What `NOISE_DRAWS` and the manifest's own number of draws buy, on the probe rows; it weighs `bytes_per_row` now."""
     spec = manifest.sampler
     label = float(squared_error(rows.logits_PV, "random", 1).mean())
 
@@ -197,7 +198,8 @@ def _noise(rows: Probe, manifest: Manifest, bytes_per_row: float) -> tuple[Noise
     return tuple(lines)
 
 
-def _top_k(rows: Probe, manifest: Manifest) -> TopKLine:
+def top_k_line(rows: Probe, manifest: Manifest) -> TopKLine:
+    """Top-k that takes as many bytes as the manifest's sampler, on the probe rows."""
     spec = manifest.sampler
     targets = rows.sample(spec)
     here = rows.bytes_of(manifest, spec, targets)

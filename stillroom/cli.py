@@ -72,6 +72,15 @@ VERBS = {
         "  stillroom verify cache/ --hashes --repair     then `stillroom cache` again: only what was dropped is redone",
         positional="cache",
     ),
+    "audit": Verb(
+        "stillroom.pipeline.audit.config:AuditConfig",
+        "stillroom.auditing:audit",
+        "Prove what a cache is worth: recompute its teacher on some rows, test, measure (status 1: a finding).",
+        "  stillroom audit cache/\n"
+        "  stillroom audit cache/ --teacher Qwen/Qwen3-1.7B --rows 16384 --out report/\n"
+        "  stillroom audit cache/ --no-teacher                    what the cache says about itself",
+        positional="cache",
+    ),
     "export": Verb(
         "stillroom.shelf:ExportConfig",
         "stillroom.shelf:export",

@@ -50,7 +50,9 @@ def drawn(spec: SamplerSpec, logits_NV: Tensor, labels_N: Tensor, sequence_N: Te
 
 def coded(manifest: Manifest, targets: SparseTargets, rounding_N3: npt.NDArray[np.float64]) -> SparseTargets:
     """Targets as they come back from a cache."""
-    one = replace(manifest, packing=PackingInfo(seq_len=targets.rows), sequences=1, sequences_per_shard=1, profile="standard")
+    one = replace(
+        manifest, packing=PackingInfo(seq_len=targets.rows), sequences=1, sequences_per_shard=1, profile="standard"
+    )
     tokens_1L1 = np.zeros((1, targets.rows + 1), np.uint32)
     block = encode_rows(one, tokens_1L1, targets, rounding_N3)
     return decode_rows(manifest.sampler, manifest.vocab_size, decodable(block), logp=True)
@@ -76,7 +78,9 @@ def entry_rows(targets: SparseTargets) -> npt.NDArray[np.int64]:
     return np.repeat(np.arange(targets.rows), np.diff(targets.offsets))
 
 
-def keys_of(targets: SparseTargets, rows_N: npt.NDArray[np.bool_], tail_E: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+def keys_of(
+    targets: SparseTargets, rows_N: npt.NDArray[np.bool_], tail_E: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
     """Row and id of tail entries as one ascending integer each."""
     row_E = entry_rows(targets)
     wanted_E = rows_N[row_E] & tail_E
@@ -104,7 +108,9 @@ def only_likeliest(targets: SparseTargets, logp_E: Tensor, reach_NM: Tensor) -> 
     """
     n_N = np.diff(targets.offsets)
     inside_N = (n_N > 0) & (n_N <= reach_NM.shape[1])
-    last_N = reach_NM.gather(1, torch.from_numpy(np.clip(n_N - 1, 0, reach_NM.shape[1] - 1))[:, None].to(reach_NM.device))
+    last_N = reach_NM.gather(
+        1, torch.from_numpy(np.clip(n_N - 1, 0, reach_NM.shape[1] - 1))[:, None].to(reach_NM.device)
+    )
     of_row_E = torch.from_numpy(entry_rows(targets)).to(logp_E.device)
     below_E = (logp_E < last_N[of_row_E, 0] - 1e-9).cpu().numpy()
     result: npt.NDArray[np.bool_] = inside_N & (np.bincount(entry_rows(targets), below_E, targets.rows) == 0)

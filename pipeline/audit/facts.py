@@ -122,7 +122,8 @@ class Facts:
         """The facts of some rows."""
         entries_E, place_R = rows_R[self.row_E], np.cumsum(rows_R) - 1
         found = {
-            item.name: getattr(self, item.name)[entries_E if _of_entries(item.name) else rows_R] for item in fields(self)
+            item.name: getattr(self, item.name)[entries_E if _of_entries(item.name) else rows_R]
+            for item in fields(self)
         }
         return Facts(**{**found, "row_E": place_R[found["row_E"]]})
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from stillroom.pipeline.audit.buckets import Buckets
 from stillroom.pipeline.audit.draws import alike, drawn, entry_rows, fresh, keys_of, only_likeliest
 from stillroom.pipeline.audit.facts import ALIGNMENTS, ID_BITS, TEMPERATURES, Facts
-from stillroom.storage.layout import TOP_KINDS
 from stillroom.storage.manifest import Manifest
 from stillroom.storage.targets import SparseTargets
 
@@ -138,7 +137,9 @@ def seen(
     replayed_N = np.zeros(len(rows.row_N), np.bool_)
     own: dict[str, npt.NDArray[np.int64]] = {}
     if new:
-        replayed_N[np.unique(np.linspace(0, len(replayed_N) - 1, min(replay_rows, len(replayed_N))).astype(np.int64))] = True
+        replayed_N[
+            np.unique(np.linspace(0, len(replayed_N) - 1, min(replay_rows, len(replayed_N))).astype(np.int64))
+        ] = True
         own = seeded(manifest, rows, logits_NV, lse_N, replayed_N)
     return Seen(
         rows=rows,
@@ -271,7 +272,9 @@ def cached_facts(manifest: Manifest, part: Seen, targets: SparseTargets) -> Fact
         row_R=rows.row_N,
         stored_label_R=targets.label_logp.astype(np.float64),
         stored_entropy_R=targets.entropy.astype(np.float64),
-        drawn_common_R=np.sum([no_N, *(alike(keys, fresh, count) for fresh in part.fresh_keys)], axis=0, dtype=np.int64),
+        drawn_common_R=np.sum(
+            [no_N, *(alike(keys, fresh, count) for fresh in part.fresh_keys)], axis=0, dtype=np.int64
+        ),
         same_own_R=seeds.get("own", no_N),
         same_shard_R=seeds.get("shard", no_N),
         same_zero_R=seeds.get("zero", no_N),
@@ -388,7 +391,9 @@ def _tail_keys(manifest: Manifest, targets: SparseTargets, logits_NV: Tensor, ls
 
 def _lse(logits_NV: Tensor) -> Tensor:
     step = max(1, GROUP_ELEMENTS // logits_NV.shape[1])
-    return torch.cat([logits_NV[start : start + step].double().logsumexp(1) for start in range(0, len(logits_NV), step)])
+    return torch.cat(
+        [logits_NV[start : start + step].double().logsumexp(1) for start in range(0, len(logits_NV), step)]
+    )
 
 
 def _entropy(logp_NV: Tensor, p_NV: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ def _labels(facts: Facts) -> list[Test]:
     """Stored label log-probabilities that fit another token, or another row, and not their own."""
     if not np.isfinite(facts.stored_label_R).any():
         return []
-    reach = LABEL_LOGP_STEP / 2 + max(FLOOR_NATS, 2 * float(np.nanmax(np.abs(facts.control_label_R - facts.label_R), initial=0.0)))
+    reach = LABEL_LOGP_STEP / 2 + max(
+        FLOOR_NATS, 2 * float(np.nanmax(np.abs(facts.control_label_R - facts.label_R), initial=0.0))
+    )
     own_R = np.abs(facts.stored_label_R - facts.label_R) <= reach
     tests = []
     place = np.arange(facts.rows)

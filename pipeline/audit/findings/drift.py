@@ -76,9 +76,7 @@ def deviations(manifest: Manifest, facts: Facts) -> list[Deviation]:
     found = []
     if np.isfinite(facts.stored_label_R).any():
         gap_R = np.abs(facts.stored_label_R - facts.label_R) - LABEL_LOGP_STEP / 2
-        found.append(
-            Deviation("label", "label log-probability", gap_R, np.abs(facts.control_label_R - facts.label_R))
-        )
+        found.append(Deviation("label", "label log-probability", gap_R, np.abs(facts.control_label_R - facts.label_R)))
     if np.isfinite(facts.stored_E).any():
         found.append(_of_entries(manifest, facts))
     if np.isfinite(facts.stored_entropy_R).any():
