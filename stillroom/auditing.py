@@ -65,7 +65,9 @@ def _figures(measures: dict[str, Any]) -> list[tuple[str, str]]:
             shown.append((title, f"{figure['mean']:.4g}{interval}"))
     if "bytes_by_array" in measures:
         shown.append(("bytes per row", f"{sum(measures['bytes_by_array'].values()):.1f}"))
-    for line in measures.get("gradient", {}).get("batches", []):
-        if line["arm"] == "the cache":
-            shown.append((f"gradient angle, {line['rows']:,} rows", f"{line['angle']['mean']:.1f} degrees"))
+    shown += [
+        (f"gradient angle, {line['rows']:,} rows", f"{line['angle']['mean']:.1f} degrees")
+        for line in measures.get("gradient", {}).get("batches", [])
+        if line["arm"] == "the cache"
+    ]
     return shown

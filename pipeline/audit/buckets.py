@@ -9,6 +9,7 @@ Shapes: `N` rows, `V` vocabulary, `K` rank edges, `G` buckets, `E` entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -31,10 +32,10 @@ class Partition:
 def partition(vocab_size: int) -> Partition:
     """The buckets of a vocabulary."""
     probability = ["p < 1e-05", "1e-05 to 1e-04", "1e-04 to 1e-03", "0.001 to 0.01", "0.01 to 0.1", "p >= 0.1"]
-    ranks = ["rank 1", "rank 2"] + [f"ranks {low + 1} to {high}" for low, high in zip(RANK_EDGES[1:], RANK_EDGES[2:])]
+    ranks = ["rank 1", "rank 2"] + [f"ranks {low + 1} to {high}" for low, high in pairwise(RANK_EDGES[1:])]
     ranks.append(f"ranks above {RANK_EDGES[-1]}")
     edges = [0, *(edge for edge in ID_EDGES if edge < vocab_size), vocab_size]
-    ids = [f"ids {low} to {high - 1}" for low, high in zip(edges, edges[1:])]
+    ids = [f"ids {low} to {high - 1}" for low, high in pairwise(edges)]
     kinds = ["probability"] * len(probability) + ["rank"] * len(ranks) + ["id"] * len(ids)
     return Partition((*probability, *ranks, *ids), tuple(kinds), (0, len(probability), len(probability) + len(ranks)))
 
@@ -81,7 +82,7 @@ class Buckets:
             above_N = sum_N
         columns.append((total_N - above_N).clamp_min(0))
         starts = [0, *(edge for edge in ID_EDGES if edge < self.vocab_size), self.vocab_size]
-        columns += [p_NV[:, low:high].sum(1) for low, high in zip(starts, starts[1:])]
+        columns += [p_NV[:, low:high].sum(1) for low, high in pairwise(starts)]
         return torch.stack(columns, 1)
 
     @staticmethod

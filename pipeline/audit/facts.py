@@ -3,8 +3,8 @@
 Everything a finding or a measure needs is in here, so that both are pure functions of arrays, and memory does not grow with
 the vocabulary. Natural logarithms throughout; NaN stands for what the cache does not keep or the audit did not compute.
 
-Shapes: `R` rows that have a target, `E` their entries, `G` buckets of all partitions side by side (`partition`), `T` temperatures,
-`A` alignments (-2, -1, 1, 2), `W` widths of an id (16 and 17 bits).
+Shapes: `R` rows that have a target, `E` their entries, `G` buckets of all partitions side by side (`partition`),
+`T` temperatures, `A` alignments (-2, -1, 1, 2), `W` widths of an id (16 and 17 bits).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Facts:
 
     def sums(self, value_E: npt.NDArray[Any]) -> FloatR:
         """Sums of something of entries over each row, `[R]`."""
-        return np.bincount(self.row_E, value_E, self.rows)
+        return np.bincount(self.row_E, value_E.astype(np.float64), self.rows).astype(np.float64)
 
     def weight_RG(self) -> FloatR:
         """Kept weight in each bucket."""

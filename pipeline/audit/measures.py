@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -115,7 +116,7 @@ def reliability(confidence_R: FloatR, hit_R: npt.NDArray[np.bool_]) -> dict[str,
 
 def _ranges(value_R: FloatR, edges: Sequence[float]) -> list[tuple[float, float | None, npt.NDArray[np.bool_]]]:
     result = []
-    for low, high in zip(edges, edges[1:]):
+    for low, high in pairwise(edges):
         inside_R = (value_R >= low) & (value_R < high)
         if inside_R.any():
             result.append((float(low), None if np.isinf(high) else float(high), inside_R))

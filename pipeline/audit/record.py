@@ -48,7 +48,7 @@ class Record:
 
     def sums(self, value_E: npt.NDArray[np.generic]) -> FloatR:
         """Sums of something of entries over each row."""
-        return np.bincount(self.row_E, value_E, self.rows)
+        return np.bincount(self.row_E, value_E.astype(np.float64), self.rows).astype(np.float64)
 
     @classmethod
     def of_targets(cls, targets: SparseTargets, labels_N: IntR, sequence_N: IntR, shard_N: IntR, row_N: IntR) -> Record:

@@ -75,9 +75,10 @@ class Seen:
             documents apart, or None.
         lse_N, control_lse_N, apart_lse_N: their normalisers, float64.
         columns: what is settled without the cache, by the name it has in `Facts`.
-        buckets: of the rows.
-        fresh: coded draws; keys: (row, id) of their tails; own, shard, zero: tails drawn with the manifest's seed under three keys.
-        top_NM: log-probabilities of the likeliest ids.
+        edge_NK, top_NM: log-probabilities at the rank edges, and of the likeliest ids.
+        fresh_keys: (row, id) of the tails of each fresh draw.
+        seed_keys: of tails drawn with the manifest's seed, under three keys.
+        replayed_N: rows of which those were drawn.
     """
 
     rows: Rows
@@ -281,7 +282,7 @@ def cached_facts(manifest: Manifest, part: Seen, targets: SparseTargets) -> Fact
         replayed_R=part.replayed_N,
         top_R=only_likeliest(targets, logp_E, part.top_NM),
         tail_R=np.bincount(row_E.numpy()[tail_E], minlength=count),
-        kept_R=np.bincount(row_E.numpy(), np.exp(logp), count),
+        kept_R=_over_rows(row_E.numpy(), np.exp(logp), count),
         guess_R=guess_N,
         guess_hit_R=guess_hit_N,
         row_E=row_E.numpy(),
@@ -306,9 +307,13 @@ def errors(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Squared distance sum (e - p)**2 and Fisher-weighted sum (e - p)**2 / p of each row's target from the teacher, `[N]`."""
     p_E, rows = np.exp(logp_E), len(square_N)
-    squared_N = square_N + np.bincount(row_E, weight_E**2 - 2 * weight_E * p_E, rows)
-    fisher_N = 1 + np.bincount(row_E, weight_E**2 / np.maximum(p_E, 1e-12) - 2 * weight_E, rows)
+    squared_N = square_N + _over_rows(row_E, weight_E**2 - 2 * weight_E * p_E, rows)
+    fisher_N = 1 + _over_rows(row_E, weight_E**2 / np.maximum(p_E, 1e-12) - 2 * weight_E, rows)
     return squared_N, fisher_N
+
+
+def _over_rows(row_E: npt.NDArray[np.int64], value_E: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.float64]:
+    return np.bincount(row_E, value_E, rows).astype(np.float64)
 
 
 def keys_of_rows(keys: npt.NDArray[np.int64], rows_N: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
@@ -319,7 +324,8 @@ def keys_of_rows(keys: npt.NDArray[np.int64], rows_N: npt.NDArray[np.bool_]) -> 
 def _largest_weight(targets: SparseTargets, weight_E: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """Place of the largest weight of each row that has one (the first, where several are)."""
     order = np.lexsort((-weight_E, entry_rows(targets)))
-    return order[targets.offsets[:-1][np.diff(targets.offsets) > 0]]
+    result: npt.NDArray[np.int64] = order[targets.offsets[:-1][np.diff(targets.offsets) > 0]]
+    return result
 
 
 def _entries(targets: SparseTargets, logits_NV: Tensor, lse_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

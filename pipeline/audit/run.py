@@ -131,7 +131,8 @@ def unigram(counts_V: np.ndarray[Any, np.dtype[Any]], vocab_size: int) -> np.nda
     smoothed_V = counts_V[:vocab_size].astype(np.float64) + 0.5
     if len(smoothed_V) < vocab_size:
         smoothed_V = np.pad(smoothed_V, (0, vocab_size - len(smoothed_V)), constant_values=0.5)
-    return smoothed_V / smoothed_V.sum()
+    result: np.ndarray[tuple[int], np.dtype[np.float64]] = smoothed_V / smoothed_V.sum()
+    return result
 
 
 def _unigram(found: Scan, manifest: Manifest) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -188,8 +189,8 @@ def _teacher_notes(manifest: Manifest, teacher: Teacher, facts: Facts) -> list[s
         )
     elif teacher.fingerprint != manifest.teacher.fingerprint:
         notes.append(
-            f"the teacher's fingerprint is {teacher.fingerprint[:12]}, the manifest's {manifest.teacher.fingerprint[:12]}: its weights "
-            "or settings are not bit for bit those the cache names"
+            f"the teacher's fingerprint is {teacher.fingerprint[:12]}, the manifest's "
+            f"{manifest.teacher.fingerprint[:12]}: its weights or settings are not bit for bit those the cache names"
         )
     share = reproduced(facts)
     if share is not None:

@@ -119,9 +119,9 @@ def worth(
                         sums[batch] = _Sums()
                 block = _Sums()
         on_progress("gradient", done + 1, len(some))
-    for batch, rest in sums.items():
-        if not found[batch] and rest.rows >= batch // 4:  # fewer rows than asked for, said so
-            found[batch].append(_compared(rest))
+    for batch, smaller in zip(BATCHES, (0, *BATCHES)):
+        if not found[batch] and sums[batch].rows > smaller:  # fewer rows than asked for, said so
+            found[batch].append(_compared(sums[batch]))
     probe = Probe(*(torch.cat(parts) for parts in zip(*probes)))
     return {
         "gradient": {
@@ -175,17 +175,10 @@ def _lines(batch: int, found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         line: dict[str, Any] = {"batch": batch, "rows": found[0]["rows"], "batches": len(found), "arm": arm}
         for name in ("angle", "ratio", "error"):
             values = [each[arm][name] for each in found]
-            half = (
-                student_t(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-                if len(values) > 1
-                else None
-            )
-            mean = float(np.mean(values))
-            line[name] = {
-                "mean": mean,
-                "low": None if half is None else mean - half,
-                "high": None if half is None else mean + half,
-            }
+            mean, half = float(np.mean(values)), math.inf
+            if len(values) > 1:
+                half = student_t(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+            line[name] = {"mean": mean, "low": mean - half, "high": mean + half}
         yield line
 
 

@@ -108,7 +108,7 @@ def _attention(facts: Facts) -> Test:
         p=p,
         says=f"the manifest says packing documents, but the kept ids fit a teacher that read across their borders (e^{log:.0f})",
         consequence="targets depend on unrelated text in front of a document, which the student does not see",
-        remedy="the writer's attention did not reset: use --attn-implementation sdpa and make the cache again, or --packing concat",
+        remedy="the writer's attention did not reset: make the cache again with --attn-implementation sdpa or --packing concat",
     )
 
 
@@ -138,7 +138,7 @@ def _temperature(facts: Facts) -> Test:
         statistic=log,
         p=min(1.0, math.exp(-max(log, 0.0))),
         says=f"the targets were drawn at about temperature {best}, not 1 (likelihood ratio e^{log:.0f})",
-        consequence="the student learns a flatter or sharper distribution than the teacher's, and a loss at another temperature is wrong",
+        consequence="the student learns a flatter or sharper distribution than the teacher's",
         remedy="make the cache at temperature 1; a loss can soften it when it is read (docs/losses.md)",
         figures={"temperature": best, "log_ratio": dict(zip(map(str, TEMPERATURES), logs))},
     )

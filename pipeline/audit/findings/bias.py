@@ -95,8 +95,8 @@ def bias(manifest: Manifest, facts: Facts) -> list[Test]:
             what="mean of kept weight less the teacher's mass, a row",
             statistic=each.bias,
             p=each.p,
-            says=f"{each.kind} {each.name}: kept weight is off by {each.bias:+.2g} a row ({each.z:+.1f} standard errors; the teacher "
-            f"has {each.mass:.3g} there)",
+            says=f"{each.kind} {each.name}: kept weight is off by {each.bias:+.2g} a row ({each.z:+.1f} standard errors; the "
+            f"teacher has {each.mass:.3g} there)",
             consequence="the student is pulled to another distribution than the teacher's, and more rows do not cure it",
             remedy="draw by a sampler that is unbiased (threshold, random, systematic), and keep its weights as they come",
             figures={"mass": each.mass, "bias": each.bias, "low": each.low, "high": each.high, "z": each.z},

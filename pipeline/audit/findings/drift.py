@@ -153,7 +153,7 @@ def by_group(manifest: Manifest, facts: Facts, group_R: npt.NDArray[np.int64], n
                 what=f"rows of {family} {place.strip('[]')} whose {figure.what} is further off than rounding and noise explain",
                 statistic=above,
                 p=most_deviant(above, rows, many),
-                says=f"{above:,} of {rows:,} rows of {family} {place.strip('[]')} have a {figure.what} that is not this teacher's",
+                says=f"{above:,} of {rows:,} rows of {family} {place.strip('[]')} have another {figure.what} than this teacher",
                 consequence="part of the cache was written with another teacher, dtype or library than the rest",
                 remedy=f"make {family} {place.strip('[]')} again: drop it with `stillroom verify --repair` or delete its record, "
                 "and run `stillroom cache`",
@@ -168,8 +168,8 @@ def _of_entries(manifest: Manifest, facts: Facts) -> Deviation:
     head_step, tail_step = -pivot / (255 - PIVOT), TAIL_NATS / (PIVOT - 1)
     step_E = np.where(facts.stored_E >= pivot, head_step, tail_step)
     excess_E = np.abs(facts.stored_E - np.maximum(facts.logp_E, lowest)) - step_E * 1.001
-    return Deviation("head", "log-probability of kept ids", _row_max(facts, excess_E),
-                     _row_max(facts, np.where(np.isnan(facts.stored_E), np.nan, np.abs(facts.control_E - facts.logp_E))))  # fmt: skip
+    noise_E = np.where(np.isnan(facts.stored_E), np.nan, np.abs(facts.control_E - facts.logp_E))
+    return Deviation("head", "log-probability of kept ids", _row_max(facts, excess_E), _row_max(facts, noise_E))
 
 
 def _row_max(facts: Facts, value_E: npt.NDArray[np.float64]) -> FloatR:
@@ -181,7 +181,7 @@ def _row_max(facts: Facts, value_E: npt.NDArray[np.float64]) -> FloatR:
 
 
 def temperature_of(facts: Facts) -> float | None:
-    """Temperature at which the recomputed teacher comes nearest to the stored log-probabilities, from a regression within rows."""
+    """Temperature that brings the recomputed teacher nearest to the stored log-probabilities: a regression within rows."""
     has_E = np.isfinite(facts.stored_E) & (facts.logp_E > -6.0)
     row_E = facts.row_E[has_E]
     many_R = np.maximum(np.bincount(row_E, minlength=facts.rows), 1)

@@ -49,7 +49,7 @@ def calibration_of_shards(cache: Cache) -> list[Test]:
             what="mean of surprise less entropy of the shard, less that of the others, nats",
             statistic=difference,
             p=min(1.0, 2 * math.exp(-min(z * z / 2, 700.0))),
-            says=f"in shard {shard} labels surprise the teacher {difference:+.2f} nats more than its entropies say, against the rest",
+            says=f"in shard {shard} labels surprise the teacher {difference:+.2f} nats beyond its entropies, against the rest",
             consequence="the shard may come from another teacher, tokenizer or text than the rest",
             remedy=f"audit it with the teacher; if its text is not of another kind, make shard {shard} again",
             figures={"standard_error": error, "sequences": len(own)},

@@ -43,7 +43,7 @@ def seeds(manifest: Manifest, facts: Facts) -> list[Test]:
                 statistic=same,
                 p=conditional(same, chance, DRAWS),
                 says=f"{what}: {same:,} of {int(asked_R.sum()):,} tails match, {chance / DRAWS:,.0f} would by chance",
-                consequence="noise of the sample no longer averages out over rows: the student learns it as if it were the teacher's",
+                consequence="noise of the sample no longer averages out over rows: the student learns it",
                 remedy="key the generator by seed, sequence and row (`stillroom cache` does), and make the cache again",
                 figures={"rows": int(asked_R.sum()), "same": same, "by_chance": chance / DRAWS},
             )

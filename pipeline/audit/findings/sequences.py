@@ -27,8 +27,8 @@ class Scan:
     """What the tokens say.
 
     Attributes:
-        sequences: scanned. repeated: sequences whose tokens another has too. copies: pairs of sequence numbers with the same tokens
-            and the very same draws, at most so many. copied: how many there are.
+        sequences: scanned. repeated: sequences whose tokens another has too. copies: pairs of sequences with the same tokens
+            and the very same draws, the first few. copied: how many there are.
         broken: sequence numbers that do not begin with the last token of the one before.
         unigram_V: counts of token ids.
         damaged: shards that can not be read, and why.

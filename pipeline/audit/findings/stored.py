@@ -104,9 +104,9 @@ def _label_among_kept(manifest: Manifest, record: Record) -> Test:
         what="rows whose label is kept with another log-probability than the label's own",
         statistic=broken,
         p=certain(broken),
-        says=f"{broken:,} of {asked:,} labels that are among the kept ids have another log-probability there than as the label",
+        says=f"{broken:,} of {asked:,} labels among the kept ids have another log-probability there than as the label",
         consequence="targets, labels and their log-probabilities do not belong together: some of them are shifted",
-        remedy="find where labels or targets were shifted by a row (`stillroom audit` with the teacher says which), make it again",
+        remedy="an audit with the teacher says whether labels or targets are shifted; make the cache again",
         figures={"labels_kept": asked},
     )
 
@@ -150,9 +150,9 @@ def _entropy_estimate(record: Record) -> list[Test]:
         what="mean of sum w (-log p) less the entropy, nats",
         statistic=mean,
         p=min(1.0, 2 * math.exp(-min(z * z / 2, 700.0))),
-        says=f"weights and log-probabilities put the entropy {mean:+.2f} nats from what is stored: weights are no unbiased estimate "
-        "of those probabilities",
-        consequence="the weights are of another distribution than the log-probabilities: top-k posing as a sample, or a temperature",
+        says=f"weights and log-probabilities put the entropy {mean:+.2f} nats from what is stored: weights are no unbiased "
+        "estimate of those probabilities",
+        consequence="the weights are not of the log-probabilities beside them: top-k posing as a sample, or a temperature",
         remedy="audit with the teacher, which tells which of them is wrong",
         figures={"mean": mean, "standard_error": error},
     )]  # fmt: skip
