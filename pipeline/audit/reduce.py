@@ -313,12 +313,13 @@ def errors(
 
 
 def _over_rows(row_E: npt.NDArray[np.int64], value_E: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.float64]:
-    return np.bincount(row_E, value_E, rows).astype(np.float64)
+    return np.asarray(np.bincount(row_E, value_E, rows), np.float64)
 
 
 def keys_of_rows(keys: npt.NDArray[np.int64], rows_N: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """Those of some rows."""
-    return keys[rows_N[keys >> 24]]
+    kept: npt.NDArray[np.int64] = keys[rows_N[keys >> 24]]
+    return kept
 
 
 def _largest_weight(targets: SparseTargets, weight_E: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
