@@ -1,4 +1,4 @@
-"""`stillroom audit` through the door: a sound cache passes, other teachers and shifted text are found, bad input is one sentence."""
+"""`stillroom audit` through the door: a sound cache passes, another teacher is found, bad input is one sentence."""
 
 from __future__ import annotations
 
