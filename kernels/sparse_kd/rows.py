@@ -138,21 +138,23 @@ def _divergence_head(block: Block, problem: Problem, student: Student, logit_E: 
     if missing == "renormalise_both":
         over_E = logit_E - block.max_rows(logit_E)[row_E]
         logq_E = over_E - block.sum_rows(over_E.exp()).log()[row_E]
-    kd_R = block.sum_rows(divergence.term(weight_E, logp_E, logq_E, parameter))
+    # The constant and the terms nearly cancel where student and teacher agree: they meet before anything is rounded.
+    kd_R = block.sum_rows(divergence.term(weight_E, logp_E, logq_E, parameter).double())
     kd_R = kd_R + divergence.constant(parameter) * (mass_R > 0)
     pull_E = divergence.pull(weight_E, logp_E, logq_E, parameter)
     pulled_R = block.sum_rows(pull_E)
     if missing == "renormalise_both":  # q over the kept ids only
-        return _Head(kd_R, torch.zeros_like(kd_R), pull_E - pulled_R[row_E] * logq_E.exp())
+        return _Head(kd_R.to(mass_R), torch.zeros_like(mass_R), pull_E - pulled_R[row_E] * logq_E.exp())
     if missing != "tail_bucket":
-        return _Head(kd_R, -pulled_R, pull_E)
+        return _Head(kd_R.to(mass_R), -pulled_R, pull_E)
     log_tail_R = student.log_tail_R
     missing_R = 1.0 - mass_R
     there_R = (mass_R > 0) & log_tail_R.isfinite() & (missing_R > LEAST_MISSING)
     rest_R = torch.where(there_R, missing_R, 0.0)
     bucket = (rest_R, rest_R.log(), log_tail_R, parameter)
     rest_pull_R = divergence.pull(*bucket)
-    return _Head(kd_R + divergence.term(*bucket), -(pulled_R + rest_pull_R), pull_E, rest_pull_R)
+    kd_R = (kd_R + divergence.term(*bucket).double()).to(mass_R)
+    return _Head(kd_R, -(pulled_R + rest_pull_R), pull_E, rest_pull_R)
 
 
 def _split_head(block: Block, problem: Problem, student: Student, logq_E: Tensor, label_logq_R: Tensor) -> _Head:
