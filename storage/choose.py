@@ -108,7 +108,7 @@ def choose(
                 f"sequence_weights {wanted.sequence_weights} has {weight_S[place]} for sequence {place}, wanted numbers from 0 up"
             )
     if wanted.select_by is not None:
-        weight_S = weight_S * _in_range(figures.column(wanted.select_by), wanted.select_from, wanted.select_to)
+        weight_S = weight_S * _in_range(_known(figures, wanted.select_by), wanted.select_from, wanted.select_to)
     if not weight_S.any():
         raise InputError(f"nothing is selected: none of the {sequences} sequences has a weight; widen the selection")
     if wanted.domains is not None:
@@ -116,13 +116,23 @@ def choose(
         notes.append(note)
     difficulty_S = None
     if wanted.curriculum is not None:
-        difficulty_S = figures.column(wanted.curriculum)
+        difficulty_S = _known(figures, wanted.curriculum)
         difficulty_S = -difficulty_S if wanted.curriculum == "label_logp" else difficulty_S
         notes.append(
             f"curriculum by {wanted.curriculum}: the easiest {wanted.curriculum_start:.0%} first, then more, then all"
         )
     selection = Selection(weight_S, difficulty_S, 1.0 if difficulty_S is None else wanted.curriculum_start, ramp)
     return Choice(selection, (_summary(figures, selection), *notes))
+
+
+def _known(figures: Figures, name: str) -> FloatS:
+    """A column of which some sequence has a value."""
+    value_S = figures.column(name)
+    if np.isnan(value_S).all():
+        raise InputError(
+            f"no sequence of the cache has any {name} (an import knows as much as its files do): select by something else"
+        )
+    return value_S
 
 
 def domain_factors(

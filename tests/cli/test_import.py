@@ -89,6 +89,9 @@ def test_import_and_train(
     assert "have no entropy" in capsys.readouterr().err
     assert run("train", *student, "--missing", "tail_bucket", "--loss", "dkd") == 2
     assert "have no label_logp" in capsys.readouterr().err
+    for option in ("--curriculum", "--select-by"):
+        assert run("train", *student, "--missing", "tail_bucket", option, "entropy") == 2
+        assert "no sequence of the cache has any entropy" in capsys.readouterr().err
     assert run("train", *student, "--missing", "tail_bucket") == 0
     assert run("import", rows, *from_topk, "--alignment", "this-token", "--out", cache) == 0
     assert "nothing to do" in capsys.readouterr().err
