@@ -127,12 +127,16 @@ def inspect(config: InspectConfig, as_json: bool) -> Inspection | Seen:
 
 def train(config: TrainConfig, as_json: bool) -> TrainResult | None:
     """`stillroom train`; of several processes the first alone has something to say."""
+    from stillroom.evaluating import held_out_text
     from stillroom.train.run import train_student
     from stillroom.train.stop import Stop
 
     with Reporter() as report, Stop() as stop:
         result = train_student(
-            config, on_progress=lambda done, total, note: report("train", done, total, _note(note)), stop=stop
+            config,
+            eval_tokens_SL1=held_out_text(config),
+            on_progress=lambda done, total, note: report("train", done, total, _note(note)),
+            stop=stop,
         )
     if os.environ.get("RANK", "0") != "0":
         return None

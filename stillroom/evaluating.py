@@ -13,6 +13,10 @@ from stillroom.console import Reporter, show_pairs, show_table
 from stillroom.storage.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from stillroom.train.config import TrainConfig
     from stillroom.train.evaluate import Evaluation
     from stillroom.train.views import Group
 
@@ -77,6 +81,29 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> Evaluation | dict[str, An
         for task, figures in (tasks or {}).items():
             show_pairs(f"task {task}", [(name, f"{value:.4g}") for name, value in figures.items()])
     return {"tasks": tasks} if result is None else result
+
+
+def held_out_text(config: TrainConfig) -> npt.NDArray[np.integer] | None:
+    """`--eval-data` of a run as sequences of the length its cache has; None where there is none.
+
+    Raises:
+        InputError: text or a tokenizer that can not be used.
+    """
+    if config.eval_data is None or config.cache is None:
+        return None
+    from stillroom.pipeline.config import CorpusConfig
+    from stillroom.pipeline.packing import pack
+    from stillroom.pipeline.teacher import load_tokenizer
+    from stillroom.storage.cache import open_cache
+    from stillroom.train.sources import cache_names
+    from stillroom.train.student import find_tokenizer
+
+    names, _ = cache_names(str(config.cache))
+    opened = open_cache(names[0], columns=("tokens",), cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
+    seq_len = opened.manifest.packing.seq_len
+    at_cache = None if config.id_map is not None else find_tokenizer(opened.path / "tokenizer")
+    corpus = CorpusConfig(data=config.eval_data, seq_len=seq_len, max_sequences=-(-config.eval_rows // seq_len))
+    return pack(corpus, load_tokenizer(str(at_cache or config.student))).tokens_SL1
 
 
 def _measure(config: EvaluateConfig) -> Evaluation:

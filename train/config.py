@@ -204,6 +204,16 @@ class TrainConfig(BaseModel):
         description="precision of matrix products; weights stay float32 (auto: bfloat16 where the hardware is fast at it)",
     )
 
+    eval_cache: str | None = Field(
+        None,
+        description="cache (directory or URL) of held-out text, to evaluate on during training: LM loss, KL, acceptance",
+    )
+    eval_data: str | None = Field(
+        None,
+        description="held-out text instead (file, folder or `datasets` name): LM loss, and with --teacher the rest",
+    )
+    eval_every: int = Field(500, ge=1, description="steps between evaluations; the last step is one as well")
+    eval_rows: int = Field(65536, ge=1, description="held-out rows, rounded up to whole sequences")
     save_every: int = Field(500, ge=0, description="steps between checkpoints (0: none); the last two are kept")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     resume: bool = Field(True, description="go on from the last checkpoint in the run folder, if there is one")

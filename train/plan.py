@@ -18,6 +18,7 @@ from stillroom.storage.errors import InputError
 from stillroom.storage.stream import StreamOrder
 from stillroom.train.config import TrainConfig
 from stillroom.train.data import Source, order_of
+from stillroom.train.held_out_data import HeldOutData, open_held_out
 from stillroom.train.objective import Objective
 from stillroom.train.optim import fast_bfloat16
 from stillroom.train.selection import NOT_IDENTITY as SELECTION_SETTINGS
@@ -46,6 +47,10 @@ NOT_IDENTITY: Final = {
     "parallel",
     "loader_workers",
     "report_to",
+    "eval_cache",
+    "eval_data",
+    "eval_every",
+    "eval_rows",
 }  # change where and how, not what
 
 
@@ -63,6 +68,7 @@ class Plan:
         sequences: size of the universe.
         order: in which it is read.
         objective: the loss; a live teacher is still to be put in.
+        held_out: what the run evaluates on, if anything.
         notes: sentences the user should read once.
     """
 
@@ -76,6 +82,7 @@ class Plan:
     sequences: int
     order: StreamOrder
     objective: Objective
+    held_out: HeldOutData | None
     notes: tuple[str, ...]
 
     @property
@@ -98,7 +105,11 @@ class Plan:
         }
 
 
-def make_plan(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -> Plan:
+def make_plan(
+    config: TrainConfig,
+    tokens_SL1: npt.NDArray[np.integer] | None,
+    eval_tokens_SL1: npt.NDArray[np.integer] | None = None,
+) -> Plan:
     """Check a run and settle its open choices.
 
     Raises:
@@ -140,6 +151,8 @@ def make_plan(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -
     source.follow(order)
     notes += [] if choice is None else choice.notes
     objective, told = settle_objective(resolved, opened, vocab_size)
+    held_out = open_held_out(config, caches, student, vocab_size, eval_tokens_SL1)
+    told = (*told, *(() if held_out is None else held_out.notes))
     return Plan(
         config=resolved,
         source=source,
@@ -151,6 +164,7 @@ def make_plan(config: TrainConfig, tokens_SL1: npt.NDArray[np.integer] | None) -
         sequences=sequences,
         order=order,
         objective=objective,
+        held_out=held_out,
         notes=(*notes, *told),
     )
 

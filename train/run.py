@@ -33,6 +33,7 @@ from stillroom.train.stop import Stop, Stopped
 from stillroom.train.student import check_documents, copy_tokenizer, load_model, quiet
 from stillroom.train.targets import LiveTeacher
 from stillroom.train.trainer import Progress, StillroomTrainer
+from stillroom.train.watch import Watch
 
 LIBRARIES: Final = ("stillroom", "torch", "transformers", "accelerate", "tokenizers", "numpy")
 
@@ -68,6 +69,7 @@ def train_student(
     config: TrainConfig,
     *,
     tokens_SL1: npt.NDArray[np.integer] | None = None,
+    eval_tokens_SL1: npt.NDArray[np.integer] | None = None,
     on_progress: Progress = lambda done, total, metrics: None,
     stop: Stop | None = None,
 ) -> TrainResult:
@@ -79,6 +81,7 @@ def train_student(
     Args:
         config: settings.
         tokens_SL1: `[S, L+1]` token ids, for `ce` and live teachers without a cache.
+        eval_tokens_SL1: held-out ones, for `eval_data`.
         on_progress: told (steps done, steps in all, last logged metrics) after every step.
         stop: entered; a signal then ends the run after the step in hand, with a checkpoint.
 
@@ -89,7 +92,7 @@ def train_student(
         CacheError: a cache that cannot be read.
     """
     ranks = Ranks.join()
-    plan = ranks.together(lambda: make_plan(config, tokens_SL1))
+    plan = ranks.together(lambda: make_plan(config, tokens_SL1, eval_tokens_SL1))
     ranks.together(lambda: check_engine(plan.config, plan.student, ranks))
     folder = RunFolder(config.out)
     identity = plan.identity()
@@ -118,6 +121,7 @@ def train_student(
             folder=folder,
             ranks=ranks,
             stop=stop,
+            watch=_watch(plan, objective, ranks),
             first_step=0 if checkpoint is None else step_of(checkpoint),
             last_metrics=last,
             on_progress=on_progress,
@@ -175,6 +179,22 @@ def _objective(plan: Plan) -> Objective:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if plan.config.dtype == "bfloat16" else torch.float32
     return replace(plan.objective, targets=LiveTeacher(model, plan.vocab_size, dtype))
+
+
+def _watch(plan: Plan, objective: Objective, ranks: Ranks) -> Watch | None:
+    """The evaluations of the run, if it has any; its warning comes from the first process."""
+    if plan.held_out is None:
+        return None
+    config = plan.config
+    return Watch(
+        plan.held_out,
+        every=config.eval_every,
+        vocab_size=plan.vocab_size,
+        batch_size=max(1, config.batch_size // (config.grad_accumulation * ranks.count)),
+        dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
+        teacher=objective.targets if isinstance(objective.targets, LiveTeacher) else None,
+        warn=logger.warning if ranks.first else lambda sentence: None,
+    )
 
 
 def _record(plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def open_source(config: TrainConfig, student: ModelInfo, tokens_SL1: npt.NDArray
         assert tokens_SL1 is not None
         source = TokenDataset(tokens_SL1)
     else:
-        names, shares = _parts(str(config.cache))
+        names, shares = cache_names(str(config.cache))
         columns = _columns(config)
         caches = tuple(
             open_cache(name, columns=columns, cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
@@ -113,8 +113,12 @@ def is_tempered(config: TrainConfig) -> bool:
     return config.temperature != 1.0 or config.temperature_end not in (None, 1.0)
 
 
-def _parts(name: str) -> tuple[list[str], Sequence[float]]:
-    """Names, and shares where each has one."""
+def cache_names(name: str) -> tuple[list[str], Sequence[float]]:
+    """Names of the caches that a setting `cache` speaks of, and shares where each has one.
+
+    Raises:
+        InputError: some have a share and some have none.
+    """
     parts = [part for part in name.split(",") if part]
     if len(parts) < 2:
         return [name], ()

@@ -30,6 +30,7 @@ from stillroom.train.folder import RunFolder
 from stillroom.train.optim import make_optimizer, rate_multiplier
 from stillroom.train.ranks import Ranks
 from stillroom.train.stop import Stop
+from stillroom.train.watch import Watch
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 GPU_WORKERS: Final = 2
@@ -47,6 +48,7 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
         folder: where checkpoints and metrics go.
         ranks: the processes of the run.
         stop: asked after every step whether to save and leave; None: never.
+        watch: evaluates the student as it goes; None: nothing is held out.
         first_step: step of the checkpoint the run goes on from.
         last_metrics: the last line of the log up to there; empty for a new run.
         on_progress: told (steps done, steps in all, last metrics) after every step, in the first process.
@@ -62,6 +64,7 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
         folder: RunFolder,
         ranks: Ranks,
         stop: Stop | None,
+        watch: Watch | None,
         first_step: int,
         last_metrics: dict[str, Any],
         on_progress: Progress,
@@ -75,8 +78,10 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
         self.order = order
         self.folder = folder
         self.ranks = ranks
+        self.watch = watch
         self.first_step = first_step
         self.last_metrics = last_metrics
+        self.held_out: dict[str, float] = {}  # the last held-out figures
         self.ema: Ema | None = None
         self._logged_step, self._logged_s = first_step, time.perf_counter()
         self._wait_s = 0.0
@@ -201,6 +206,10 @@ class StillroomTrainer(Trainer):  # type: ignore[misc]  # the library is untyped
             "seconds": self.last_metrics.get("seconds", 0.0) + passed_s,
         }
         self._wait_s = 0.0
+        if self.watch is not None and self.watch.due(done, self.args.max_steps):
+            self.held_out = self.watch(self.model, done, self.args.device, self.ranks)
+            self.last_metrics |= self.held_out
+            self._logged_s = time.perf_counter()
         # Not `super().log`, which would keep every line in the state that goes into checkpoints.
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(self.last_metrics))
         if not math.isfinite(logs["loss"]):  # a mean over all processes, so all of them see it
@@ -286,7 +295,8 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
         trainer, done = self._trainer, state.global_step
         if trainer.ema is not None:
             trainer.ema.update(done - 1)
-        control.should_log = control.should_log or done >= state.max_steps
+        due = trainer.watch is not None and trainer.watch.due(done, state.max_steps)
+        control.should_log = control.should_log or due or done >= state.max_steps
         if self._stop is not None:
             (asked,) = trainer.ranks.total(float(self._stop.number > 0))  # one may know of it, all must leave
             if asked and done < state.max_steps:
@@ -300,7 +310,8 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
 
     def _progress(self, state: Any) -> None:
         if self._trainer.ranks.first:
-            self._on_progress(state.global_step, state.max_steps, self._trainer.last_metrics)
+            told = self._trainer.last_metrics | self._trainer.held_out
+            self._on_progress(state.global_step, state.max_steps, told)
 
 
 def _wrap(batch: Batch) -> dict[str, Batch]:

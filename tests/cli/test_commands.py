@@ -89,7 +89,9 @@ def test_whole_way_through_the_commands(
 ) -> None:  # fmt: skip
     student = tmp_path / "student"
     training = ["train", "--cache", cache, "--student", student_config, "--out", student, "--batch-size", "2"]
+    training += ["--eval-data", text_file, "--eval-rows", "40"]
     assert run(*training, "--json") == 0
+    assert json.loads((student / "metrics.jsonl").read_text().splitlines()[-1])["heldout_lm_loss"] > 0
     assert json.loads(capsys.readouterr().out)["steps"] == 3
     assert run(*training) == 0
     assert "nothing to do" in capsys.readouterr().err

@@ -95,11 +95,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, tokens_SL1: npt.NDArray[np.uint32]) -> Maker:
-    """Write a cache of the teacher's distributions over the tokens; keyword arguments are `SamplerSpec`'s, and `hole`
-    empties row 4 of sequence 0.
+    """Write a cache of the teacher's distributions over the tokens; keyword arguments are `SamplerSpec`'s, `hole`
+    empties row 4 of sequence 0, and `corpus` is the letter its corpus goes by.
     """
 
-    def make(*, hole: bool = False, **sampler: Any) -> Path:
+    def make(*, hole: bool = False, corpus: str = "c", **sampler: Any) -> Path:
         from transformers import AutoModelForCausalLM
 
         spec = SamplerSpec(**{"draws": 12, **sampler})
@@ -107,7 +107,9 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, tokens_S
         manifest = Manifest(
             teacher=TeacherInfo(name="teacher", revision=None, fingerprint="t" * 64, vocab_size=VOCAB, dtype="float32"),
             tokenizer=TokenizerInfo(fingerprint="k" * 64, vocab_size=VOCAB),
-            corpus=CorpusInfo(name="progressions", fingerprint="c" * 64, documents=SEQUENCES, tokens=tokens_SL1.size),
+            corpus=CorpusInfo(
+                name="progressions", fingerprint=corpus * 64, documents=SEQUENCES, tokens=tokens_SL1.size
+            ),
             packing=PackingInfo(seq_len=SEQ_LEN),
             sampler=spec,
             vocab_size=VOCAB,

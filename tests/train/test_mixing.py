@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from stillroom.storage.targets import SparseTargets
 from stillroom.train.around import ReducedVocabulary, WithColumn
 from stillroom.train.batch import Batch
 from stillroom.train.config import TrainConfig
-from stillroom.train.data import CacheDataset
+from stillroom.train.data import CacheDataset, TokenDataset
 from stillroom.train.mixing import ChainedDataset, MixedDataset, mixed
 from stillroom.train.run import train_student
 
@@ -195,3 +196,17 @@ def test_a_column_of_weights(settings: Settings, cache: Path, tmp_path: Path) ->
         np.save(tmp_path / "w.npy", wrong)
         with pytest.raises(InputError, match=words):
             WithColumn(plain, tmp_path / "w.npy")
+
+
+def test_the_map_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of docs/reuse.md, as printed: a student with half of 1,000 ids."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reuse.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/reuse.md", "exec"), {})
+    tokens_SL1 = np.array([[0, 2, 998, 4]], np.uint32)
+    reduced = ReducedVocabulary(
+        TokenDataset(tokens_SL1), tmp_path / "map.npy", unknown=0, vocab_size=1000, student_ids=500
+    )
+    assert reduced[0].tokens_BL.tolist() == [[0, 1, 499]]
+    assert reduced.map_W[1::2].tolist() == [-1] * 500
