@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help install demo test test-slow fuzz test-gpu lint format compare bench bench-storage bench-kernels bench-cache bench-engines bench-train clean
+.PHONY: help install demo test test-slow fuzz test-gpu lint format compare bench bench-storage bench-kernels bench-cache bench-engines bench-train bench-audit clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
@@ -49,7 +49,7 @@ format: $(READY)    ## let ruff rewrite what it can
 compare: $(READY)   ## the paper's experiment in small (up to an hour on two cores): docs/benchmarks/compare.*
 	$(BIN)/python -m benchmarks.compare
 
-bench: bench-storage bench-kernels bench-cache bench-engines bench-train
+bench: bench-storage bench-kernels bench-cache bench-engines bench-train bench-audit
 
 bench-storage: $(READY) ## bytes per row, rates of writing, reading and loading: docs/benchmarks/storage.*
 	$(BIN)/python -m benchmarks.storage
@@ -65,6 +65,9 @@ bench-engines: $(READY) ## two processes against one: docs/benchmarks/engines.*
 
 bench-train: $(READY) ## a training step from a cache against one from the text: docs/benchmarks/train.*
 	$(BIN)/python -m benchmarks.train
+
+bench-audit: $(READY) ## false alarms and power of the audit (about 20 minutes): docs/benchmarks/audit.*
+	$(BIN)/python -m benchmarks.audit
 
 clean:              ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist

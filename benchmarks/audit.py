@@ -212,25 +212,28 @@ def page(figures: dict[str, Any]) -> str:
     ]
     alarms = "none" if not sound["alarms"] else "; ".join(map(str, sound["alarms"]))
     kinds = ", ".join(f"{many} ({kind})" for kind, many in sound["by_kind"].items())
+    verdict = "sound" if demo["sound"] else "NOT SOUND"
+    samplers = ", ".join(SAMPLERS)
     return f"""\
-Every number is of the tests `stillroom audit` runs, on {figures["rows"]:,} rows (64 sequences of 64 rows, 50 shards), with a false-alarm
-rate of 0.001 for a whole audit. What is asked of it: no alarm in 200 sound caches, and each planted fault found in 99 of 100
-trials. [docs/audit.md](../audit.md) says what the tests are.
+Every number is of the tests `stillroom audit` runs, on {figures["rows"]:,} rows (64 sequences of 64 rows, 50 shards), with a
+false-alarm rate of 0.001 for a whole audit. What is asked of it: no alarm in 200 sound caches, and each planted fault found in
+99 of 100 trials. [docs/audit.md](../audit.md) says what the tests are.
 
 ## Sound caches
 
-{sound["audits"]} audits of sound caches, samplers {", ".join(SAMPLERS)} in turn, {kinds}: alarms: **{alarms}**. The nearest to one had a
-chance {sound["nearest"]:.2g} times its threshold. Up to {sound["tests"]} tests an audit. ("other attention": written with eager attention, audited with SDPA.)
+{sound["audits"]} audits of sound caches, samplers {samplers} in turn: {kinds}.
+Alarms: **{alarms}**. The nearest to one had a chance {sound["nearest"]:.2g} times its threshold; up to {sound["tests"]} tests an audit.
+("Other attention": written with eager attention, audited with SDPA.)
 
 ## Planted faults
 
-Missed among those asked for: **{", ".join(missed) or "none"}**. The last column is the test a reader of the report sees first; symptoms (drift,
-bias) stand behind causes there.
+Missed among those asked for: **{", ".join(missed) or "none"}**. The last column is the test a reader of the report sees first;
+symptoms (drift, bias) stand behind causes there.
 
 {table(("fault", "asked for", "found", "first finding"), faults)}
 
-Top-k poses in half of the sequences only; the wrapped ids are those of a teacher whose late ids are rare, on a quarter of the rows.
-A bfloat16 teacher's own noise hides what is smaller than it: those rows are here to say what it hides.
+Top-k poses in half of the sequences only; the wrapped ids are those of a teacher whose late ids are rare, on a quarter of the
+rows. A bfloat16 teacher's own noise hides what is smaller than it: those rows are here to say what it hides.
 
 ## The smallest drift it sees
 
@@ -240,8 +243,9 @@ One step of AdamW at ever smaller learning rates; the third column is the mean c
 
 ## Time
 
-{demo["rows"]:,} rows of a cache of the demo's shape: {demo["seconds"]:.1f} s (wanted: under 60), {"sound" if demo["sound"] else "NOT SOUND"}, audit.json
-{demo["json_bytes"]:,} bytes. The study took {figures["seconds"] / 60:.0f} minutes ({figures["threads"]} threads; what an earlier run had finished is not in it).
+{demo["rows"]:,} rows of a cache of the demo's shape: {demo["seconds"]:.1f} s (wanted: under 60), {verdict}, audit.json
+{demo["json_bytes"]:,} bytes. The study took {figures["seconds"] / 60:.0f} minutes ({figures["threads"]} threads; what an earlier
+run had finished is not in it).
 """
 
 

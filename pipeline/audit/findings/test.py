@@ -48,23 +48,40 @@ class Judged:
     found: bool
 
 
-# What a person should read first: a specific cause before its symptoms.
-_FIRST: Final = ("sequences", "record", "tokenizer", "alignment", "attention", "ids", "temperature", "posing", "seed", "rows",
-                 "drift", "bias", "shard", "writer")  # fmt: skip
+# What a person should read first: a cause before its symptoms. Likelihood ratios stand together, the largest first.
+_CAUSES: Final = ("record.damaged", "sequences", "tokenizer", "record.sums", "record.counts", "posing", "seed")
+_RATIOS: Final = ("alignment.targets", "attention", "ids", "temperature", "rows")
+_SYMPTOMS: Final = ("alignment", "record", "drift", "bias", "shard", "writer")
+_FEW: Final = 4  # where at most one shard in so many has a finding, it is the shards'
 
 
 def judge(tests: Sequence[Test], level: float = FALSE_ALARM) -> list[Judged]:
-    """All tests, findings first, specific causes before symptoms; false alarms of a sound cache stay below `level` in all."""
+    """All tests, findings first, causes before symptoms; false alarms of a sound cache stay below `level` in all."""
     judged = [
         Judged(test=test, threshold=threshold, found=test.p <= threshold)
         for test, threshold in zip(tests, holm([test.p for test in tests], level))
     ]
-    return sorted(judged, key=lambda each: (not each.found, _rank(each.test.name), each.test.p))
+    shards = {
+        name: found for name, found in ((each.test.name, each.found) for each in judged) if name.startswith("shard.")
+    }
+    bad = {name.split("[")[1] for name, found in shards.items() if found}
+    local = 0 < _FEW * len(bad) <= len({name.split("[")[1] for name in shards})
+    return sorted(judged, key=lambda each: (not each.found, *_place(each.test, local), each.test.p))
 
 
-def _rank(name: str) -> int:
-    family = name.split(".")[0]
-    return _FIRST.index(family) if family in _FIRST else len(_FIRST)
+def _place(test: Test, local: bool) -> tuple[float, float]:
+    """Where a finding stands; `local`: few shards have one."""
+    if _is(test, _CAUSES):
+        return 0, 0
+    if _is(test, _RATIOS):
+        return 1, -test.statistic
+    if local and test.name.startswith("shard."):
+        return 2, 0
+    return 3, next(place for place, family in enumerate((*_SYMPTOMS, "")) if test.name.startswith(family))
+
+
+def _is(test: Test, families: Sequence[str]) -> bool:
+    return any(test.name.startswith(family) for family in families)
 
 
 def certain(broken: int) -> float:
