@@ -122,17 +122,18 @@ class _Study:
     def fault(self, case: Case, trials: int | None = None) -> dict[str, Any]:
         """Trials of one fault."""
         scene, trials = self.scene(case.scene), trials or self.trials
-        start_s, found, first = time.monotonic(), 0, Counter[str]()
+        start_s, found, alone, first = time.monotonic(), 0, 0, Counter[str]()
         every = Counter[str]()
         for trial in range(trials):
             targets = case.plant(scene, trial, np.random.default_rng(trial))
             judged = scene.judged(case.sampler, trial, targets, replay=case.replay)
             names = [each.test.name for each in judged if each.found]
             found += bool(names)
+            alone += any(each.found for each in scene.judged_alone(case.sampler, targets))
             first.update(name.split("[")[0] for name in names[:1])
             every.update({name.split("[")[0] for name in names})
             _say(case.name, trial + 1, trials, start_s, f"{found} found")
-        return {"name": case.name, "asked": case.asked, "scene": case.scene, "trials": trials, "found": found,
+        return {"name": case.name, "asked": case.asked, "scene": case.scene, "trials": trials, "found": found, "alone": alone,
                 "first": dict(first.most_common(4)), "by": dict(every), "seconds": time.monotonic() - start_s}  # fmt: skip
 
     def drifts(self) -> list[dict[str, Any]]:
@@ -198,7 +199,7 @@ def page(figures: dict[str, Any]) -> str:
     """The page's body."""
     sound, demo = figures["sound"], figures["demo"]
     faults = [
-        (fault["name"], "yes" if fault["asked"] else "", f"{fault['found']} of {fault['trials']}",
+        (fault["name"], "yes" if fault["asked"] else "", f"{fault['found']} of {fault['trials']}", str(fault["alone"]),
          ", ".join(f"`{name}` {many}" for name, many in fault["first"].items()) or "nothing")
         for fault in figures["faults"]
     ]  # fmt: skip
@@ -222,15 +223,16 @@ false-alarm rate of 0.001 for a whole audit. What is asked of it: no alarm in 20
 ## Sound caches
 
 {sound["audits"]} audits of sound caches, samplers {samplers} in turn: {kinds}.
-Alarms: **{alarms}**. The nearest to one had a chance {sound["nearest"]:.2g} times its threshold; up to {sound["tests"]} tests an audit.
+Alarms: **{alarms}**. The nearest to one had a chance {sound["nearest"]:.2g} times its threshold; up to {sound["tests"]}
+tests an audit.
 ("Other attention": written with eager attention, audited with SDPA.)
 
 ## Planted faults
 
 Missed among those asked for: **{", ".join(missed) or "none"}**. The last column is the test a reader of the report sees first;
-symptoms (drift, bias) stand behind causes there.
+symptoms (drift, bias) stand behind causes there. "Without a teacher": what `--no-teacher` finds in the same rows.
 
-{table(("fault", "asked for", "found", "first finding"), faults)}
+{table(("fault", "asked for", "found", "without a teacher", "first finding"), faults)}
 
 Top-k poses in half of the sequences only; the wrapped ids are those of a teacher whose late ids are rare, on a quarter of the
 rows. A bfloat16 teacher's own noise hides what is smaller than it: those rows are here to say what it hides.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from stillroom.kernels.sample import STREAM_ROUNDING, uniforms
 from stillroom.pipeline.audit.draws import coded, drawn
+from stillroom.pipeline.audit.findings.independence import independence
 from stillroom.pipeline.audit.findings.stored import stored
 from stillroom.pipeline.audit.findings.test import Judged, judge
 from stillroom.pipeline.audit.forward import logits, readings, states
@@ -116,9 +117,14 @@ class Scene:
         record = Record.of_targets(targets, rows.labels_N, rows.sequence_N, rows.shard_N, rows.row_N)
         counts_V = np.bincount(rows.labels_N, minlength=manifest.vocab_size)
         writers = dict.fromkeys(range(manifest.shards), "one")
-        return judge(
-            [*stored(manifest, record), *tests_of(manifest, facts, unigram(counts_V, manifest.vocab_size), writers)]
-        )
+        alone = [*stored(manifest, record), *independence(manifest, record)]
+        return judge([*alone, *tests_of(manifest, facts, unigram(counts_V, manifest.vocab_size), writers)])
+
+    def judged_alone(self, kind: SamplerKind, targets: SparseTargets) -> list[Judged]:
+        """What an audit without a teacher finds in these rows."""
+        manifest, rows = replace(self.manifest, sampler=self.spec(kind, 0)), self.rows
+        record = Record.of_targets(targets, rows.labels_N, rows.sequence_N, rows.shard_N, rows.row_N)
+        return judge([*stored(manifest, record), *independence(manifest, record)])
 
 
 def rows_from(pool: list[SparseTargets], choice_N: npt.NDArray[np.int64]) -> SparseTargets:

@@ -19,6 +19,7 @@ from stillroom.pipeline.audit.findings.alignment import alignment
 from stillroom.pipeline.audit.findings.bias import bias
 from stillroom.pipeline.audit.findings.drift import by_group, drift
 from stillroom.pipeline.audit.findings.groups import calibration_of_shards
+from stillroom.pipeline.audit.findings.independence import independence
 from stillroom.pipeline.audit.findings.seeds import reproduced, seeds
 from stillroom.pipeline.audit.findings.sequences import Scan, scan, sequences
 from stillroom.pipeline.audit.findings.stored import stored
@@ -66,7 +67,12 @@ def audit(config: AuditConfig, on_progress: Progress = lambda stage, done, total
     found.damaged.update(damaged)
     record = Record.read(cache, indices)
     notes = _notes(config, cache, record, found, teacher)
-    tests = [*sequences(found), *stored(manifest, record), *calibration_of_shards(cache)]
+    tests = [
+        *sequences(found),
+        *stored(manifest, record),
+        *independence(manifest, record),
+        *calibration_of_shards(cache),
+    ]
     facts = None
     if teacher is not None:
         facts = recompute(config, cache, teacher, indices, on_progress)
