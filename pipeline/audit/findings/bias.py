@@ -25,6 +25,7 @@ from stillroom.pipeline.audit.nulls import bernstein, conditional
 from stillroom.storage.layout import TOP_KINDS
 from stillroom.storage.manifest import Manifest
 
+FEW_HITS: Final = 50
 ROUNDING: Final = 2e-7  # of a row's sum of float32 weights
 _Z95: Final = NormalDist().inv_cdf(0.975)
 
@@ -63,11 +64,17 @@ def buckets(manifest: Manifest, facts: Facts) -> list[BucketBias]:
         variance_G = ((excess_RG - excess_RG.mean(0)) ** 2).sum(0)
     else:
         variance_G = ((DRAWS * facts.drawn_variance_RG + excess_RG**2) / (DRAWS + 1)).sum(0)
+        # Where hardly a draw falls its variance can not be seen: a hit weighs at most 2 / N, so it is at most 2 p / N.
+        mass_G, quantum = facts.mass_RG.sum(0), 2 / manifest.sampler.draws
+        rare_G = mass_G * manifest.sampler.draws < FEW_HITS
+        variance_G = np.where(rare_G, np.maximum(variance_G, mass_G * quantum), variance_G)
     _, sequence_R = np.unique(facts.sequence_R, return_inverse=True)
     noise_SG = np.zeros((int(sequence_R.max(initial=0)) + 1, excess_RG.shape[1]))
     np.add.at(noise_SG, sequence_R, facts.control_RG)
     variance_G += ALLOWANCE**2 * (noise_SG**2).sum(0)
-    largest_G = 2 * np.maximum(facts.drawn_largest_RG, np.abs(excess_RG)).max(0, initial=0.0)
+    largest_G = np.maximum(
+        2 * np.maximum(facts.drawn_largest_RG, np.abs(excess_RG)).max(0, initial=0.0), 2 / manifest.sampler.draws
+    )
     entries_G = np.bincount(facts.bucket_E3.ravel(), minlength=excess_RG.shape[1])
     result = []
     for index, (name, kind) in enumerate(zip(parts.names, parts.kinds)):
