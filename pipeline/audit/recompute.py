@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
+
+import torch
 
 from stillroom.pipeline.audit.config import AuditConfig
 from stillroom.pipeline.audit.facts import Facts
@@ -24,6 +27,7 @@ from stillroom.storage.manifest import Manifest
 KEPT: Final = "rows"  # folder of facts
 KEY: Final = "rows.json"
 REPLAY_ROWS: Final = 1024  # drawn with the manifest's own seed
+GROUP_ELEMENTS: Final = 1 << 23  # logits of a reading that are alive at a time, 32 MiB, or one sequence's
 FACTS_VERSION: Final = 1
 Progress = Callable[[str, int, int], None]
 
@@ -76,7 +80,7 @@ def recompute(config: AuditConfig, cache: Cache, teacher: Teacher, indices: list
         InputError: the folder belongs to another audit.
         DamagedError: a shard was damaged meanwhile.
     """
-    manifest, folder = cache.manifest, None if config.out is None else config.out / KEPT
+    folder = None if config.out is None else config.out / KEPT
     if folder is not None:
         claim(config, cache, teacher, indices)
     parts: list[Facts] = []
@@ -88,27 +92,36 @@ def recompute(config: AuditConfig, cache: Cache, teacher: Teacher, indices: list
         if kept is not None:
             parts.append(kept)
             continue
-        tokens_BL1, _ = cache.read(batch)
-        starts_BL1 = cache.starts(batch)
-        found = []
-        for index, reading in zip(batch, readings(teacher, tokens_BL1, starts_BL1, batch_size=config.batch_size)):
-            place = batch.index(index)
-            rows = Rows.of(manifest, tokens_BL1[place : place + 1], [cache.sequence_number(index)])
-            part = seen(
-                manifest,
-                rows,
-                reading.logits_LV,
-                reading.control_LV,
-                reading.apart_LV,
-                seed=config.seed,
-                replay_rows=each,
-            )
-            found.append(cached_facts(manifest, part, cache[index].targets))
-            on_progress("recompute", begin + place + 1, len(indices))
-        parts.append(Facts.concat(found))
+        parts.append(_of_batch(config, cache, teacher, batch, each))
         if file is not None:
             parts[-1].save(file)
+        on_progress("recompute", begin + len(batch), len(indices))
     return Facts.concat(parts)
+
+
+def _of_batch(config: AuditConfig, cache: Cache, teacher: Teacher, batch: list[int], replay_rows: int) -> Facts:
+    """Facts of the sequences of one forward, a few sequences' logits alive at a time."""
+    manifest, found = cache.manifest, []
+    tokens_BL1, targets = cache.read(batch)
+    length = manifest.packing.seq_len
+    several = max(1, GROUP_ELEMENTS // (length * manifest.vocab_size))
+    read = readings(teacher, tokens_BL1, cache.starts(batch), batch_size=config.batch_size)
+    for start in range(0, len(batch), several):
+        some = list(islice(read, several))
+        stop = start + len(some)
+        rows = Rows.of(manifest, tokens_BL1[start:stop], [cache.sequence_number(index) for index in batch[start:stop]])
+        apart = [each.apart_LV for each in some if each.apart_LV is not None]
+        part = seen(
+            manifest,
+            rows,
+            torch.cat([each.logits_LV for each in some]),
+            torch.cat([each.control_LV for each in some]),
+            torch.cat(apart) if apart else None,
+            seed=config.seed,
+            replay_rows=replay_rows * len(some),
+        )
+        found.append(cached_facts(manifest, part, targets.slice_rows(start * length, stop * length)))
+    return Facts.concat(found)
 
 
 def claim(config: AuditConfig, cache: Cache, teacher: Teacher | None, indices: list[int]) -> None:
