@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from stillroom.console import Reporter, say, show_pairs, show_table
@@ -68,6 +69,6 @@ def _figures(measures: dict[str, Any]) -> list[tuple[str, str]]:
     shown += [
         (f"gradient angle, {line['rows']:,} rows", f"{line['angle']['mean']:.1f} degrees")
         for line in measures.get("gradient", {}).get("batches", [])
-        if line["arm"] == "the cache"
+        if line["arm"] == "the cache" and math.isfinite(line["angle"]["mean"])
     ]
     return shown

@@ -190,8 +190,9 @@ def _teacher_notes(manifest: Manifest, teacher: Teacher, facts: Facts) -> list[s
     notes = []
     dtype = str(teacher.dtype).removeprefix("torch.")
     if dtype != manifest.teacher.dtype:
+        made = "one that is not known" if manifest.teacher.dtype == "unknown" else manifest.teacher.dtype
         notes.append(
-            f"the teacher ran in {dtype}, the cache was made in {manifest.teacher.dtype}: only gross drift can be told"
+            f"the teacher ran in {dtype}, the cache was made in {made}: deviations that such a change of dtype explains may show"
         )
     elif teacher.fingerprint != manifest.teacher.fingerprint:
         notes.append(

@@ -82,10 +82,10 @@ def worth(
     for done, index in enumerate(some):
         tokens_L1, targets = cache[index]
         starts = cache.starts([index])
-        logits_LV, states_LX = _read(teacher, tokens_L1[None], starts, config.batch_size)
+        logits_LV, states_LX = _read(teacher, tokens_L1[None], starts)
         student_LV, features_LX = logits_LV / STUDENT_TEMPERATURE, states_LX
         if student is not None:
-            student_LV, features_LX = _read(student, tokens_L1[None], starts, config.batch_size)
+            student_LV, features_LX = _read(student, tokens_L1[None], starts)
             student_LV = student_LV[:, : manifest.vocab_size]
         kept = torch.from_numpy(np.flatnonzero(np.diff(targets.offsets) > 0))
         labels_L = torch.from_numpy(tokens_L1[1:].astype(np.int64))
@@ -156,14 +156,17 @@ def _compared(sums: _Sums) -> dict[str, Any]:
     full_VD = sums.by_arm["full"]
     norm = float(full_VD.norm())
     result: dict[str, Any] = {"rows": sums.rows}
+    if norm < 1e-9 * sums.rows:  # the student is the teacher: there is no gradient to compare with
+        norm = math.nan
     for arm, gradient_VD in sums.by_arm.items():
         if arm == "full":
             continue
-        cosine = float((gradient_VD * full_VD).sum()) / max(1e-30, norm * float(gradient_VD.norm()))
+        size = max(1e-30, float(gradient_VD.norm()))
+        cosine = float((gradient_VD * full_VD).sum()) / (norm * size)
         result[arm] = {
-            "angle": math.degrees(math.acos(min(1.0, max(-1.0, cosine)))),
-            "ratio": float(gradient_VD.norm()) / max(1e-30, norm),
-            "error": float((gradient_VD - full_VD).norm()) / max(1e-30, norm),
+            "angle": math.degrees(math.acos(float(np.clip(cosine, -1.0, 1.0)))),
+            "ratio": size / norm,
+            "error": float((gradient_VD - full_VD).norm()) / norm,
         }
     return result
 
@@ -186,6 +189,8 @@ def _plateau(found: dict[int, list[dict[str, Any]]]) -> dict[str, dict[str, floa
     """Squared relative error of the gradient as bias**2 + variance / rows, least squares over the batches."""
     result = {}
     every = [each for batches in found.values() for each in batches]
+    if any(math.isnan(figures["error"]) for each in every for arm, figures in each.items() if arm != "rows"):
+        return {}
     arms = [arm for arm in (every[0] if every else ()) if arm != "rows"]
     for arm in arms:
         rows = np.array([each["rows"] for each in every], np.float64)
@@ -213,8 +218,8 @@ def _alternatives(cache: Cache, probe: Probe) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _read(teacher: Teacher, tokens_1L1: Any, starts: Any, batch_size: int) -> tuple[Tensor, Tensor]:
-    states_LX = states(teacher, tokens_1L1, starts, batch_size)[0]
+def _read(teacher: Teacher, tokens_1L1: Any, starts: Any) -> tuple[Tensor, Tensor]:
+    states_LX = states(teacher, tokens_1L1, starts, 1)[0]
     return logits(teacher, states_LX).clone(), states_LX.clone()
 
 
