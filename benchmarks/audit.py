@@ -28,7 +28,7 @@ from stillroom.storage.spec import SamplerKind
 
 TITLE: Final = "Power of the audit"
 RATE: Final = 1e-4
-SWEEP: Final = (3e-5, 1e-5, 3e-6, 1e-6, 3e-7, 1e-7)
+SWEEP: Final = (1e-5, 3e-6, 1e-6, 3e-7, 1e-7, 3e-8, 1e-8)
 SAMPLERS: Final[tuple[SamplerKind, ...]] = ("threshold", "random", "systematic", "stratified", "top_k", "top_p")
 KEPT: Final = Path("runs/audit-study")
 
@@ -205,7 +205,7 @@ def page(figures: dict[str, Any]) -> str:
     ]  # fmt: skip
     drifts = [
         (each["dtype"], f"{each['rate']:g}", f"{each['mean_nats']:.2g}", f"{each['found']} of {each['trials']}",
-         ", ".join(f"`{name}`" for name in each["by"]) or "nothing")
+         ", ".join(f"`{name}`" for name in sorted(each["by"]) if name.startswith("drift")) or "nothing")
         for each in figures["drifts"]
     ]  # fmt: skip
     missed = [

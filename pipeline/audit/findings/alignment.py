@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from stillroom.pipeline.audit.facts import ALIGNMENTS, ID_BITS, TEMPERATURES, Facts
-from stillroom.pipeline.audit.findings.drift import FLOOR_NATS
+from stillroom.pipeline.audit.findings.drift import FLOOR_NATS, fit_of
 from stillroom.pipeline.audit.findings.test import Test
 from stillroom.pipeline.audit.nulls import e_value, more_deviant
 from stillroom.storage.codes import LABEL_LOGP_STEP
 
 MIXTURES: Final = (0.01, 0.1)  # shares of rows from elsewhere that are thought of
 CLIP: Final = 30.0
+AGREEING_NATS: Final = 0.03  # rounding of stored log-probabilities and a 16-bit teacher's noise
 
 FloatR = npt.NDArray[np.float64]
 FloatE = npt.NDArray[np.float64]
@@ -131,16 +132,24 @@ def _temperature(facts: Facts) -> Test:
         other_E = facts.logp_E / temperature - facts.normaliser_RT[facts.row_E, column]
         logs.append(e_value(ratios(facts, other_E))[0])
     best = TEMPERATURES[int(np.argmax(logs))]
-    log = _log_mean(logs)
+    log, fit = _log_mean(logs), fit_of(facts)
+    # Another teacher is flatter or sharper too. It is a temperature where that explains the stored log-probabilities, or where
+    # these are the teacher's and only the draws are not.
+    cause = fit is None or fit.deviation < AGREEING_NATS or fit.explained > 0.5
+    said = (
+        f"the targets were drawn at about temperature {best}, not 1"
+        if cause
+        else (f"the targets fit temperature {best} better than 1, but no temperature explains their log-probabilities")
+    )
     return Test(
         name="temperature.draws",
         what=f"log of the likelihood ratio: drawn at one of the temperatures {', '.join(map(str, TEMPERATURES))}",
         statistic=log,
         p=min(1.0, math.exp(-max(log, 0.0))),
-        says=f"the targets were drawn at about temperature {best}, not 1 (likelihood ratio e^{log:.0f})",
+        says=f"{said} (likelihood ratio e^{log:.0f})",
         consequence="the student learns a flatter or sharper distribution than the teacher's",
         remedy="make the cache at temperature 1; a loss can soften it when it is read (docs/losses.md)",
-        figures={"temperature": best, "log_ratio": dict(zip(map(str, TEMPERATURES), logs))},
+        figures={"temperature": best, "cause": cause, "log_ratio": dict(zip(map(str, TEMPERATURES), logs))},
     )
 
 

@@ -33,6 +33,8 @@ from stillroom.storage.codes import (
 from stillroom.storage.manifest import Manifest
 
 ALLOWANCE: Final = 2.0  # another machine's noise against the control's
+HEAD_NATS: Final = -4.0  # log-probabilities above it are stored finely
+FEWEST_ENTRIES: Final = 100
 FLOOR_NATS: Final = 1e-4  # float32 logits of another machine or library move log-probabilities by less
 _CONSEQUENCE: Final = (
     "the cache holds another distribution than this teacher's: students learn from a teacher you did not mean"
@@ -180,23 +182,44 @@ def _row_max(facts: Facts, value_E: npt.NDArray[np.float64]) -> FloatR:
     return np.where(np.isfinite(result), result, np.nan)
 
 
-def temperature_of(facts: Facts) -> float | None:
-    """Temperature that brings the recomputed teacher nearest to the stored log-probabilities: a regression within rows."""
-    has_E = np.isfinite(facts.stored_E) & (facts.logp_E > -6.0)
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The temperature at which the recomputed teacher comes nearest to the stored log-probabilities of the head.
+
+    Attributes:
+        temperature: from a regression within rows.
+        deviation: root mean square of stored less recomputed, row means taken out, nats.
+        explained: share of its square that the temperature takes away.
+    """
+
+    temperature: float
+    deviation: float
+    explained: float
+
+
+def fit_of(facts: Facts) -> Fit | None:
+    """The fit, or None where too few log-probabilities are kept."""
+    has_E = facts.stored_E > HEAD_NATS  # False for NaN
     row_E = facts.row_E[has_E]
+    if len(row_E) < FEWEST_ENTRIES:
+        return None
     many_R = np.maximum(np.bincount(row_E, minlength=facts.rows), 1)
 
-    def centred(value_E: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        result: npt.NDArray[np.float64] = value_E - (np.bincount(row_E, value_E, facts.rows) / many_R)[row_E]
+    def centred(value_E: FloatR) -> FloatR:
+        result: FloatR = value_E - (np.bincount(row_E, value_E, facts.rows) / many_R)[row_E]
         return result
 
     true_E, stored_E = centred(facts.logp_E[has_E]), centred(facts.stored_E[has_E])
-    above, below = float((true_E**2).sum()), float((true_E * stored_E).sum())
-    return above / below if len(row_E) > 100 and below > 0 else None
+    square, product = float((true_E**2).sum()), float((true_E * stored_E).sum())
+    if square <= 0 or product <= 0:
+        return None
+    before = float(((stored_E - true_E) ** 2).sum())
+    after = float(((stored_E - true_E * product / square) ** 2).sum())
+    return Fit(square / product, math.sqrt(before / len(row_E)), 1 - after / before if before > 0 else 0.0)
 
 
 def _looks_like(facts: Facts) -> str:
-    temperature = temperature_of(facts)
-    if temperature is None or math.isclose(temperature, 1.0, abs_tol=0.02):
+    fit = fit_of(facts)
+    if fit is None or fit.explained < 0.5 or math.isclose(fit.temperature, 1.0, abs_tol=0.01):
         return ""
-    return f"; they look like temperature {temperature:.2f}"
+    return f"; they look like temperature {fit.temperature:.2f}"

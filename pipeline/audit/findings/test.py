@@ -51,7 +51,7 @@ class Judged:
 # What a person should read first: a cause before its symptoms. Likelihood ratios stand together, the largest first.
 _CAUSES: Final = ("record.damaged", "sequences", "tokenizer", "record.sums", "record.counts", "posing", "seed")
 _RATIOS: Final = ("alignment.targets", "attention", "ids", "temperature", "rows")
-_SYMPTOMS: Final = ("alignment", "record", "drift", "bias", "shard", "writer")
+_SYMPTOMS: Final = ("alignment", "record", "drift", "temperature", "bias", "shard", "writer")
 _FEW: Final = 4  # where at most one shard in so many has a finding, it is the shards'
 
 
@@ -73,7 +73,7 @@ def _place(test: Test, local: bool) -> tuple[float, float]:
     """Where a finding stands; `local`: few shards have one."""
     if _is(test, _CAUSES):
         return 0, 0
-    if _is(test, _RATIOS):
+    if _is(test, _RATIOS) and test.figures.get("cause", True):
         return 1, -test.statistic
     if local and test.name.startswith("shard."):
         return 2, 0
