@@ -49,18 +49,18 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     if given.only:
         chosen = [case for case in cases(RATE) if given.only in case.name]
-        stage = _Study(given.audits, given.trials, None)
+        stage = Study(given.audits, given.trials, None)
         for case in chosen:
             print(stage.fault(case))
         return
     if given.again:
         shutil.rmtree(KEPT, ignore_errors=True)
     KEPT.mkdir(parents=True, exist_ok=True)
-    figures = _Study(given.audits, given.trials, KEPT).run()
+    figures = Study(given.audits, given.trials, KEPT).run()
     save("audit", TITLE, "make bench-audit", figures, page(figures))
 
 
-class _Study:
+class Study:
     """The study; scenes are made when they are first asked for."""
 
     def __init__(self, audits: int, trials: int, kept: Path | None) -> None:
@@ -68,6 +68,7 @@ class _Study:
         self._scenes: dict[str, Scene] = {}
 
     def run(self) -> dict[str, Any]:
+        """Everything, or what an earlier study has not kept."""
         start_s = time.monotonic()
         sound = self._once(f"sound-{self.audits}", self.sound)
         faults = [
