@@ -39,6 +39,11 @@ TITLE: Final = "A training step from a cache beside one from the text"
 DRAWS: Final = 50
 WAIT_LIMIT: Final = 0.005
 RESUME_LIMIT_S: Final = 2.0
+WAIT_CAUSE: Final = """
+The cause: reading and decoding the batch is most of the wait (about 1 ms here) and nothing else can run meanwhile, since all
+cores train. Tried: one and two loader processes (`--workers`), which take cores from the step and hand a batch over no
+faster than it is read here: 1.6 % and 1.2 % (2026-11-25, `--dry`). A step of a larger student hides it.
+"""
 BILLION: Final = 1_000_000_000
 
 
@@ -223,6 +228,7 @@ The fused head over {found["rows"]:,} rows takes {found["measured_bytes"] / 2**2
 Median over pairs of steps: the cache costs **{overhead:.1%}** more than the text; wanted at most {limit:.0%}:
 {"met" if overhead <= limit else "not met"}. Waiting for data is {figures["data_wait"]:.2%} of the cache's steps; wanted at most
 {WAIT_LIMIT:.1%}: {"met" if figures["data_wait"] <= WAIT_LIMIT else "not met"}.
+{"" if figures["data_wait"] <= WAIT_LIMIT or figures["workers"] else WAIT_CAUSE}
 {memory}
 Going on in the middle of 1 B rows (no data is read: from the step's number to its sequence numbers), wanted below
 {RESUME_LIMIT_S:.0f} s: {"met" if worst < RESUME_LIMIT_S else "not met"}.
